@@ -1,0 +1,398 @@
+"""Interventions: what a network does when units or edges are removed.
+
+- `ablate` removes every unit of a circuit, or everything but the circuit.
+- `prune_edges` removes single connections: a target is recomputed from an input in which only its
+  pruned sources are replaced, while every other target still sees the true ones. It is exact for
+  any pair of layers, at the price of one extra partial forward pass for each distinct set of
+  pruned sources.
+
+A removed value becomes zero, its mean over a reference set, the same unit's value on another
+image (resample), or Gaussian noise with the reference's mean and variance. Which one is part of
+what a circuit is. Both contexts leave the network as they found it, whatever happens inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from viscircuits.circuit import Circuit, Edge, Unit
+from viscircuits.errors import ImageError, ViscircuitsError
+from viscircuits.hooks import Tap, activations, evaluating, rewrite
+from viscircuits.images import ImageSet, batches
+from viscircuits.layers import Layer, along_units, by_unit
+from viscircuits.models import ModelSpec, as_spec
+from viscircuits.scores.formulas import choose
+from viscircuits.tracing import resolve, trace
+
+N_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What units do over a reference set: the material that removed values are replaced with.
+
+    Parameters
+    ----------
+    layers
+        Address → the layer's description, in execution order.
+    mean, variance
+        Address → one number for each unit, over images and positions.
+    samples
+        Address → whole outputs for the first few reference images, for resampling.
+    n_images
+        How many reference images there were.
+    """
+
+    layers: Mapping[str, Layer]
+    mean: Mapping[str, Float[Tensor, " unit"]] = field(default_factory=dict)
+    variance: Mapping[str, Float[Tensor, " unit"]] = field(default_factory=dict)
+    samples: Mapping[str, Float[Tensor, "image *axes"]] = field(default_factory=dict)
+    n_images: int = 0
+
+
+# (statistics, address, true values, images to resample from, generator) → replacement
+Replacement = Callable[[Statistics, str, Tensor, Tensor, torch.Generator], Tensor]
+
+
+def _zero(statistics: Statistics, layer: str, true: Tensor, draw: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.zeros_like(true)
+
+
+def _mean(statistics: Statistics, layer: str, true: Tensor, draw: Tensor, generator: torch.Generator) -> Tensor:
+    axis = statistics.layers[layer].unit_axis
+    return along_units(statistics.mean[layer], true, axis).expand_as(true)
+
+
+def _resample(statistics: Statistics, layer: str, true: Tensor, draw: Tensor, generator: torch.Generator) -> Tensor:
+    samples = statistics.samples[layer]
+    if samples.shape[1:] != true.shape[1:]:
+        raise ViscircuitsError(
+            f"layer {layer!r} has shape {tuple(true.shape[1:])} here and {tuple(samples.shape[1:])} on the reference "
+            "images; resampling needs images of one size"
+        )
+    return samples[draw].to(true)
+
+
+def _noise(statistics: Statistics, layer: str, true: Tensor, draw: Tensor, generator: torch.Generator) -> Tensor:
+    axis = statistics.layers[layer].unit_axis
+    noise = torch.randn(true.shape, generator=generator, dtype=torch.float32).to(true)
+    spread = along_units(statistics.variance[layer].sqrt(), true, axis)
+    return along_units(statistics.mean[layer], true, axis) + spread * noise
+
+
+ABLATIONS: dict[str, Replacement] = {"zero": _zero, "mean": _mean, "resample": _resample, "noise": _noise}
+
+
+def measure(
+    model: nn.Module | ModelSpec,
+    images: ImageSet | Tensor | Iterable[Tensor],
+    layers: Sequence[str],
+    *,
+    n_samples: int = N_SAMPLES,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Statistics:
+    """Each unit's mean and variance over images and positions, and whole outputs of a few images.
+
+    Parameters
+    ----------
+    model, images, layers
+        As for `attribute`. One layer is enough.
+    n_samples
+        How many images' outputs are kept for resampling; 0 keeps none.
+    batch_size
+        Images per forward pass.
+    progress
+        Show a progress bar.
+
+    Raises
+    ------
+    ImageError
+        If there are no images.
+    """
+    spec = as_spec(model)
+    chain: dict[str, Layer] = {}
+    total: dict[str, Tensor] = {}
+    square: dict[str, Tensor] = {}
+    positions: dict[str, int] = {}
+    samples: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    n_images = 0
+    count = len(images) if isinstance(images, Tensor) else getattr(images, "count", None)
+    bar = tqdm(total=count, desc="reference statistics", unit="image", delay=2, disable=not progress)
+    with bar, evaluating(spec.model), torch.no_grad():
+        for batch in batches(images, spec.transform, batch_size):
+            chain = chain or {each.address: each for each in describe_layers(spec, batch.images, layers)}
+            for address, values in activations(spec.model, layers, batch.images).items():
+                flat = by_unit(values, chain[address].unit_axis).double()  # (image, unit, position)
+                total[address] = total.get(address, 0) + flat.sum((0, 2)).cpu()
+                square[address] = square.get(address, 0) + flat.square().sum((0, 2)).cpu()
+                positions[address] = positions.get(address, 0) + flat.shape[0] * flat.shape[2]
+                if n_images < n_samples:
+                    samples[address].append(values[: n_samples - n_images].cpu())
+            n_images += len(batch.images)
+            bar.update(len(batch.images))
+    if not n_images:
+        raise ImageError("the reference set is empty: no image could be read")
+    mean = {layer: total[layer] / positions[layer] for layer in chain}
+    variance = {layer: (square[layer] / positions[layer] - mean[layer].square()).clamp(min=0) for layer in chain}
+    return Statistics(
+        chain,
+        {layer: value.float() for layer, value in mean.items()},
+        {layer: value.float() for layer, value in variance.items()},
+        {layer: torch.cat(kept) for layer, kept in samples.items() if kept},
+        n_images,
+    )
+
+
+@contextmanager
+def ablate(
+    model: nn.Module | ModelSpec,
+    circuit: Circuit,
+    ablation: str = "zero",
+    *,
+    reference: Statistics | None = None,
+    keep: bool = False,
+    generator: torch.Generator | None = None,
+) -> Iterator[None]:
+    """Remove every unit of the circuit, or with `keep` everything in its layers but the circuit.
+
+    Parameters
+    ----------
+    model
+        The network; call it inside the context as usual.
+    circuit
+        The units.
+    ablation
+        What a removed value becomes: ``zero``, ``mean``, ``resample`` or ``noise``.
+    reference
+        What `measure` gave for the reference images; needed by all but ``zero``.
+    keep
+        Keep only the circuit.
+    generator
+        Where ``resample`` and ``noise`` draw from; by default a fresh one seeded with 0.
+
+    Raises
+    ------
+    ViscircuitsError
+        If the ablation is unknown, needs a reference that was not given, or the circuit's layers
+        have other widths than the network's.
+    """
+    module = as_spec(model).model
+    removed = circuit.complement() if keep else circuit
+    if not any(removed.units.values()):
+        yield
+        return
+    chosen = {layer: indices for layer, indices in removed.units.items() if indices}
+    replacing = _Replacing(module, {layer: circuit.widths[layer] for layer in chosen}, ablation, reference, generator)
+    taps = {layer: replacing.tap(layer, indices) for layer, indices in chosen.items()}
+    with rewrite(module, taps, before=replacing.start):
+        yield
+
+
+@contextmanager
+def prune_edges(
+    model: nn.Module | ModelSpec,
+    edges: Iterable[Edge],
+    ablation: str = "zero",
+    *,
+    reference: Statistics | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[None]:
+    """Remove single connections: each target stops seeing its pruned sources, nothing else changes.
+
+    The target is recomputed with its pruned sources replaced; other targets see the true ones.
+    With several pairs of layers the later ones work on what the earlier ones left.
+
+    Parameters
+    ----------
+    model
+        The network; call it inside the context as usual.
+    edges
+        Connections between units of any two layers, the source's layer before the target's.
+    ablation, reference, generator
+        As for `ablate`.
+
+    Raises
+    ------
+    ViscircuitsError
+        As `ablate`.
+    """
+    module = as_spec(model).model
+    edges = tuple(edges)
+    if not edges:
+        yield
+        return
+    pruning = _EdgePruning(module, edges, ablation, reference, generator)
+    with rewrite(module, {layer: pruning.tap_of(layer) for layer in pruning.pruned}, before=pruning.start):
+        yield
+
+
+def describe_layers(spec: ModelSpec, images: Tensor, layers: Iterable[str]) -> list[Layer]:
+    """Describe layers, in execution order, that need not feed one another."""
+    traced = trace(spec.model, images)
+    ordered = sorted(layers, key=traced.value)
+    return [layer for address in ordered for layer in resolve(spec.model, traced, [address])]
+
+
+class _Replacing:
+    """Replaces chosen units by what the ablation says; one draw of images for a whole forward pass."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        widths: Mapping[str, int | None],
+        ablation: str,
+        reference: Statistics | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.model = model
+        self.widths = widths
+        self.replacement = choose(ABLATIONS, ablation, "ablation")
+        self.reference = reference or Statistics({})
+        self.generator = generator or torch.Generator().manual_seed(0)
+        self.draw = torch.zeros(0, dtype=torch.long)
+        self.layers = dict(self.reference.layers)
+        self.busy = False
+        if ablation != "zero":
+            self._check_reference(ablation, reference)
+
+    def _check_reference(self, ablation: str, reference: Statistics | None) -> None:
+        if reference is None:
+            raise ViscircuitsError(
+                f"{ablation!r} ablation needs reference images: pass reference=measure(model, images, layers) "
+                "(--reference IMAGES), or use 'zero'"
+            )
+        known = reference.samples if ablation == "resample" else reference.mean
+        for layer in self.widths:
+            if layer not in known:
+                raise ViscircuitsError(f"the reference was not measured at layer {layer!r}; measure it there too")
+
+    def start(self, args: tuple, kwargs: dict) -> None:
+        """At a forward pass: know the layers, and draw a reference image for each image to run."""
+        if self.busy:
+            return
+        images = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        self.busy = True
+        try:
+            self._describe(images)
+            n_samples = min((len(kept) for kept in self.reference.samples.values()), default=0)
+            if n_samples:
+                self.draw = torch.randint(n_samples, (len(images),), generator=self.generator)
+            self.prepare(args, kwargs)
+        finally:
+            self.busy = False
+
+    def prepare(self, args: tuple, kwargs: dict) -> None:
+        """Whatever else must be known before the forward pass."""
+
+    def _describe(self, images: Tensor) -> None:
+        unknown = [layer for layer in self.widths if layer not in self.layers]
+        if unknown:
+            found = describe_layers(as_spec(self.model), images, unknown)
+            self.layers.update({layer.address: layer for layer in found})
+        for address, width in self.widths.items():
+            n_units = self.layers[address].n_units
+            if width is not None and n_units != width:
+                raise ViscircuitsError(
+                    f"layer {address!r} has {n_units} units in this network, {width} in the circuit: "
+                    "the circuit belongs to another network"
+                )
+
+    def values(self, layer: str, true: Tensor) -> Tensor:
+        """What every unit of the layer would become."""
+        return self.replacement(self.reference, layer, true, self.draw, self.generator)
+
+    def mask(self, layer: str, indices: Iterable[int], like: Tensor) -> Tensor:
+        """True at the units named, shaped to broadcast against the layer's output."""
+        chosen = torch.zeros(self.layers[layer].n_units, dtype=torch.float32)
+        chosen[list(indices)] = 1
+        return along_units(chosen, like, self.layers[layer].unit_axis) > 0
+
+    def tap(self, layer: str, indices: Sequence[int]) -> Tap:
+        """The tap that removes these units from the layer."""
+
+        def replace(true: Tensor) -> Tensor:
+            return true if self.busy else torch.where(self.mask(layer, indices, true), self.values(layer, true), true)
+
+        return replace
+
+
+class _EdgePruning(_Replacing):
+    """Recomputes targets ahead of each forward pass and hands them in when their layer runs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        edges: Iterable[Edge],
+        ablation: str,
+        reference: Statistics | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.pruned: dict[str, dict[int, set[Unit]]] = {}  # target layer → target index → its pruned sources
+        for edge in edges:
+            self.pruned.setdefault(edge.target.layer, {}).setdefault(edge.target.index, set()).add(edge.source)
+        sources = {unit.layer for targets in self.pruned.values() for units in targets.values() for unit in units}
+        super().__init__(model, dict.fromkeys(sources), ablation, reference, generator)
+        self.recomputed: dict[str, Tap] = {}
+        self.replacements: dict[str, Tensor] = {}
+
+    def prepare(self, args: tuple, kwargs: dict) -> None:
+        """Recompute the pruned targets, layer by layer from the input on."""
+        images = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        found = describe_layers(as_spec(self.model), images, {*self.widths, *self.pruned})
+        self.layers.update({layer.address: layer for layer in found})
+        self.recomputed, self.replacements = {}, {}
+        for target in (layer.address for layer in found if layer.address in self.pruned):
+            self.recomputed[target] = self._recompute(target, images)
+
+    def _recompute(self, target: str, images: Tensor) -> Tap:
+        """One partial forward pass for each distinct set of pruned sources."""
+        groups: dict[frozenset[Unit], list[int]] = {}
+        for index, sources in self.pruned[target].items():
+            groups.setdefault(frozenset(sources), []).append(index)
+        axis = self.layers[target].unit_axis
+        found: dict[int, Tensor] = {}
+        for sources, indices in groups.items():
+            with rewrite(self.model, {**self.recomputed, **self._without(sources)}):
+                (values,) = activations(self.model, [target], images).values()
+            found.update({index: values.select(axis, index).clone() for index in indices})
+
+        def hand_in(true: Tensor) -> Tensor:
+            new = true.clone()
+            for index, values in found.items():
+                new.select(axis, index).copy_(values)
+            return new
+
+        return hand_in
+
+    def _without(self, sources: Iterable[Unit]) -> dict[str, Tap]:
+        """Taps that replace these sources, on top of what was recomputed for their own layer."""
+        by_layer: dict[str, list[int]] = {}
+        for unit in sources:
+            by_layer.setdefault(unit.layer, []).append(unit.index)
+
+        def tap(layer: str, indices: list[int]) -> Tap:
+            def replace(flowing: Tensor) -> Tensor:
+                true = self.recomputed[layer](flowing) if layer in self.recomputed else flowing
+                if layer not in self.replacements:  # drawn once, so that every target misses the same values
+                    self.replacements[layer] = self.values(layer, true)
+                return torch.where(self.mask(layer, indices, true), self.replacements[layer], true)
+
+            return replace
+
+        return {layer: tap(layer, indices) for layer, indices in by_layer.items()}
+
+    def tap_of(self, target: str) -> Tap:
+        """The tap that hands in what was recomputed for a target layer."""
+
+        def replace(true: Tensor) -> Tensor:
+            return true if self.busy else self.recomputed[target](true)
+
+        return replace

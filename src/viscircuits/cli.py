@@ -1,0 +1,376 @@
+"""The command line: each command reads its words, calls one function, and prints.
+
+Exit codes: 0 done, 2 the caller's mistake (one line on stderr), 1 ours.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import webbrowser
+from collections.abc import Callable
+from enum import Enum
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from viscircuits.errors import ViscircuitsError
+
+if TYPE_CHECKING:
+    from viscircuits.bundle import Bundle
+    from viscircuits.models import ModelSpec
+
+app = typer.Typer(
+    name="viscircuits",
+    help="Find the circuit of a visual concept in a pretrained vision model, test it, picture it, edit it out.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+MODEL_HELP = "lite0, squeezenet1_1, torchvision:NAME, timm:NAME or open_clip:ARCH/PRETRAINED."
+IMAGES_HELP = "A folder, image file, list file (.txt, .csv), tar shards, or render:CONCEPT."
+
+
+def _choices(name: str, *values: str) -> type[Enum]:
+    return Enum(name, {value.replace("-", "_"): value for value in values}, type=str)
+
+
+Score = _choices("Score", "cla", "grad-x-act", "signed", "gradient")
+Summary = _choices("Summary", "norm", "mean", "sum", "max")
+Contrast = _choices("Contrast", "none", "difference", "ratio")
+Refine = _choices("Refine", "coordinate", "paper", "none")
+Ablation = _choices("Ablation", "zero", "mean", "resample", "noise")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Images = Annotated[str, typer.Argument(metavar="IMAGES", help=IMAGES_HELP)]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `discover` wrote.")]
+Weights = Annotated[str, typer.Option(metavar="default|none|FILE", help="Pretrained, random, or from a file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Labels = Annotated[
+    str, typer.Option(metavar="auto|none|FILE", help="Classes from folder and file names, none, or a path,label file.")
+]
+
+
+def _reports_mistakes(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn the caller's mistakes into one line and exit code 2, and Ctrl-C into a word on what is kept."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except ViscircuitsError as error:
+            typer.echo(f"viscircuits: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt:
+            typer.echo("viscircuits: stopped; what was finished is in the output folder", err=True)
+            raise typer.Exit(130) from None
+
+    return run
+
+
+@app.command(epilog="Example: `viscircuits layers lite0`")
+@_reports_mistakes
+def layers(model: Model, weights: Weights = "default", as_json: Json = False) -> None:
+    """List a model's layers in execution order; the default ones carry a `*`."""
+    from viscircuits.models import load_model
+    from viscircuits.tracing import list_layers
+
+    spec = load_model(model, weights=weights)
+    found, default = list_layers(spec.model, spec.example(), spec.layers)
+    if as_json:
+        rows = [
+            {
+                "layer": each.address,
+                "type": each.kind,
+                "shape": list(each.shape),
+                "unit_axis": each.unit_axis,
+                "n_units": each.n_units,
+                "default": each.address in default,
+            }
+            for each in found
+        ]
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    table = [("", "layer", "type", "shape", "unit axis", "units")]
+    table += [
+        (
+            "*" if each.address in default else "",
+            each.address,
+            each.kind,
+            "×".join(map(str, each.shape)),
+            str(each.unit_axis),
+            str(each.n_units),
+        )
+        for each in found
+    ]
+    typer.echo(_aligned(table))
+
+
+@app.command(epilog="Example: `viscircuits discover lite0 photos/dogs --reference photos/other --units 5% --out dogs`")
+@_reports_mistakes
+def discover(
+    model: Model,
+    images: Images,
+    reference: Annotated[Optional[str], typer.Option(metavar="IMAGES", help="Images without the concept.")] = None,
+    test: Annotated[Optional[str], typer.Option(metavar="IMAGES", help="Test on these, not on a held-out part.")] = None,
+    others: Annotated[
+        Optional[str], typer.Option(metavar="IMAGES", help="Others to test on, not a held-out part of the reference.")
+    ] = None,
+    find_with: Annotated[
+        Optional[int], typer.Option(help="Images of each set that find the circuit; default half, at most 32.")
+    ] = None,
+    layer_names: Annotated[
+        Optional[str], typer.Option("--layers", metavar="A,B,…", help="Layers; default the post-activation ones.")
+    ] = None,
+    units: Annotated[str, typer.Option(metavar="K|10%", help="Units per layer.")] = "10%",
+    score: Annotated[Score, typer.Option(help="How a connection is scored.")] = Score.cla,  # type: ignore[valid-type]
+    summary: Annotated[Summary, typer.Option(help="What a target's map is summed up in.")] = Summary.norm,  # type: ignore[valid-type]
+    contrast: Annotated[
+        Optional[Contrast],  # type: ignore[valid-type]
+        typer.Option(help="Concept against reference; default difference if there is one."),
+    ] = None,
+    refine: Annotated[Refine, typer.Option(help="How the choice is improved.")] = Refine.coordinate,  # type: ignore[valid-type]
+    ablation: Annotated[Ablation, typer.Option(help="What a removed value becomes.")] = Ablation.zero,  # type: ignore[valid-type]
+    labels: Labels = "auto",
+    weights: Weights = "default",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the result.")] = Path("circuit"),
+    pictures: Annotated[int, typer.Option(help="Image regions shown for each unit.")] = 4,
+    draws: Annotated[int, typer.Option(help="Random circuits to compare with.")] = 5,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the circuit of a concept, test it on held-out images, and write the result folder."""
+    from viscircuits.discovery import discover as find
+
+    spec = _load(model, weights)
+    bundle = find(
+        spec,
+        images,
+        out,
+        reference=reference,
+        test=test,
+        others=others,
+        find_with=find_with,
+        layers=layer_names.split(",") if layer_names else None,
+        units=_units(units),
+        score=score.value,
+        summary=summary.value,
+        contrast=contrast.value if contrast else None,
+        refine=refine.value,
+        ablation=ablation.value,
+        labels=None if labels == "none" else labels,
+        draws=draws,
+        n_pictures=pictures,
+        batch_size=batch_size,
+        seed=seed,
+        strict=strict,
+        command=_command(),
+        progress=True,
+    )
+    _print_result(bundle, out, as_json)
+
+
+@app.command(epilog="Example: `viscircuits evaluate dogs photos/more-dogs --others photos/more-others --ablation mean`")
+@_reports_mistakes
+def evaluate(
+    folder: Folder,
+    images: Images,
+    others: Annotated[Optional[str], typer.Option(metavar="IMAGES", help="Images without the concept.")] = None,
+    reference: Annotated[
+        Optional[str], typer.Option(metavar="IMAGES", help="Where mean, resample and noise take their values from.")
+    ] = None,
+    ablation: Annotated[Ablation, typer.Option(help="What a removed value becomes.")] = Ablation.zero,  # type: ignore[valid-type]
+    labels: Labels = "auto",
+    weights: Annotated[Optional[str], typer.Option(help="If the model's weights are elsewhere now.")] = None,
+    draws: Annotated[int, typer.Option(help="Random circuits to compare with.")] = 5,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Test a circuit on other images, or under another ablation, and renew its folder."""
+    from viscircuits.discovery import evaluate_again
+
+    bundle = evaluate_again(
+        folder,
+        images,
+        others=others,
+        reference=reference,
+        ablation=ablation.value,
+        labels=None if labels == "none" else labels,
+        weights=weights,
+        draws=draws,
+        batch_size=batch_size,
+        seed=seed,
+        progress=True,
+    )
+    _print_result(bundle, folder, as_json)
+
+
+@app.command(epilog="Example: `viscircuits edit dogs --out no-dogs.safetensors --onnx no-dogs.onnx`")
+@_reports_mistakes
+def edit(
+    folder: Folder,
+    out: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Default DIR/edited.safetensors.")] = None,
+    onnx: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Also export to ONNX.")] = None,
+    images: Annotated[
+        Optional[str], typer.Option(metavar="IMAGES", help="To check the edit on; default those of the circuit.")
+    ] = None,
+    reference: Annotated[
+        Optional[str], typer.Option(metavar="IMAGES", help="For mean ablation; default that of the circuit.")
+    ] = None,
+    ablation: Annotated[
+        Optional[Ablation],  # type: ignore[valid-type]
+        typer.Option(help="zero or mean; default that of the circuit."),
+    ] = None,
+    weights: Annotated[Optional[str], typer.Option(help="If the model's weights are elsewhere now.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the model without the circuit, checked against the ablated model on real images."""
+    from viscircuits.discovery import edit_from
+
+    out = out or folder / "edited.safetensors"
+    edited, onnx_difference = edit_from(
+        folder,
+        out,
+        onnx=onnx,
+        images=images,
+        reference=reference,
+        ablation=ablation.value if ablation else None,
+        weights=weights,
+    )
+    if as_json:
+        report = {"weights": str(out), "folded": list(edited.folded), "gates": list(edited.gates)}
+        typer.echo(json.dumps({**report, "difference": edited.difference, "onnx_difference": onnx_difference}, indent=1))
+        return
+    where = f"in existing weights at {len(edited.folded)} layers, with gates at {len(edited.gates)}"
+    typer.echo(f"{out}: {where}; differs from the ablated model by {edited.difference:.1e} of its largest output")
+    if onnx is not None:
+        typer.echo(f"{onnx}: under onnxruntime differs by {onnx_difference:.1e}")
+
+
+@app.command(epilog="Example: `viscircuits view dogs`")
+@_reports_mistakes
+def view(
+    folder: Folder,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open it, or only print where it is.")] = True,
+) -> None:
+    """Draw a result folder's page anew and open it."""
+    from viscircuits.bundle import Bundle
+    from viscircuits.files import write_atomically
+
+    path = write_atomically(folder / "index.html", Bundle.load(folder).page())
+    typer.echo(str(path))
+    if browser:
+        webbrowser.open(path.resolve().as_uri())
+
+
+@app.command(epilog="Example: `viscircuits compare dogs cats`")
+@_reports_mistakes
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="DIR", help="A result folder or circuit.json.")],
+    second: Annotated[Path, typer.Argument(metavar="DIR", help="Another.")],
+    as_json: Json = False,
+) -> None:
+    """Show how far two circuits overlap, layer by layer, beside what chance would give."""
+    from dataclasses import asdict
+
+    from viscircuits.circuit import Circuit
+    from viscircuits.metrics import overlap
+
+    found = overlap(Circuit.load(first), Circuit.load(second))
+    if as_json:
+        typer.echo(json.dumps([asdict(each) for each in found], indent=1))
+        return
+    table = [("layer", "units", "first", "second", "shared", "jaccard", "by chance", "p")]
+    table += [
+        (
+            each.layer,
+            str(each.n_units),
+            str(each.size_a),
+            str(each.size_b),
+            str(each.shared),
+            f"{each.jaccard:.3f}",
+            f"{each.chance:.3f}",
+            f"{each.p_value:.1e}",
+        )
+        for each in found
+    ]
+    typer.echo(_aligned(table))
+
+
+@app.command(epilog="Example: `viscircuits demo --out demo`")
+@_reports_mistakes
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the result.")] = Path("demo"),
+    as_json: Json = False,
+) -> None:
+    """Run everything on EfficientNet-Lite0 and photographs that came with pip."""
+    from viscircuits.demo import demo as run
+
+    bundle, edited = run(out, command=_command(), progress=True)
+    _print_result(bundle, out, as_json)
+    if not as_json:
+        typer.echo(
+            f"edited model: {out / 'edited.safetensors'}, differs from the ablated one by {edited.difference:.1e} "
+            "of its largest output"
+        )
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+# ------------------------------------------------------------------ below: what commands share
+
+
+def _load(model: str, weights: str) -> ModelSpec:
+    from viscircuits.models import load_model
+
+    return load_model(model, weights=weights)
+
+
+def _units(text: str) -> int | float:
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else int(text)
+    except ValueError:
+        raise ViscircuitsError(f"--units takes a number of units per layer or a share such as 10%, got {text!r}") from None
+
+
+def _command() -> str:
+    return shlex.join(["viscircuits", *sys.argv[1:]])
+
+
+def _print_result(bundle: Bundle, out: Path, as_json: bool) -> None:
+    evaluation = bundle.evaluation
+    if as_json:
+        typer.echo(json.dumps({"folder": str(out), "circuit": bundle.circuit.to_json(), "evaluation": dict(evaluation.data)}))
+        return
+    circuit = bundle.circuit
+    typer.echo(f"{bundle.title}: {circuit.n_units} units in {len(circuit.layers)} layers, {len(circuit.edges)} edges")
+    selection = circuit.selection
+    typer.echo(f"attribution inside {selection['objective']:.4g}, no circuit of this size has more than {selection['upper_bound']:.4g}")
+    typer.echo("")
+    typer.echo(evaluation.table())
+    typer.echo("")
+    if evaluation.faithfulness is not None:
+        share = evaluation.faithfulness
+        typer.echo(f"the circuit alone keeps {share.value:.2f} [{share.low:.2f}, {share.high:.2f}] of the behaviour")
+    for images in (circuit.provenance.get("images"), *evaluation.data["images"].values()):
+        for name, reason in (images or {}).get("skipped", ()):
+            typer.echo(f"skipped {name}: {reason}", err=True)
+    typer.echo(f"see {out / 'index.html'}")
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

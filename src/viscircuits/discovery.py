@@ -1,0 +1,365 @@
+"""From images to a circuit with its evidence, in one call.
+
+1. Each image set is parted: the first part finds the circuit, the second, never seen, tests it.
+2. `attribute` on the first part (taken from the folder if it was computed there before).
+3. `select` the units; nothing here needs the network.
+4. `evaluate` on the second part, beside the controls.
+5. `exemplars`: what excites each chosen unit.
+6. Everything into one folder, with its page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from viscircuits.ablation import measure
+from viscircuits.attribution import attribute, describe, find_layers, versions
+from viscircuits.bundle import Bundle
+from viscircuits.circuit import Circuit
+from viscircuits.editing import Edited, edit
+from viscircuits.errors import FileFormatError, ImageError, ModelError, ViscircuitsError
+from viscircuits.evaluation import Evaluation, LabelSource, evaluate
+from viscircuits.exemplars import Exemplar, exemplars
+from viscircuits.images import ImageSet, Source, batches, open_images, split
+from viscircuits.matrices import CONTRASTS, Attributions
+from viscircuits.models import ModelSpec, as_spec, load_model
+from viscircuits.scores.formulas import SCORES, SUMMARIES, choose
+from viscircuits.selection import REFINEMENTS, select, units_per_layer
+
+N_CHECKED = 16  # images an edit is compared on
+MOST_TO_FIND = 32  # images used to find a circuit unless told otherwise: more changes little, see docs/results.md
+
+
+def discover(
+    model: nn.Module | ModelSpec,
+    images: Source,
+    out: str | Path | None = None,
+    *,
+    reference: Source | None = None,
+    test: Source | None = None,
+    others: Source | None = None,
+    find_with: int | None = None,
+    layers: Sequence[str] | None = None,
+    units: int | float | dict[str, int] = 0.1,
+    score: str = "cla",
+    summary: str = "norm",
+    contrast: str | None = None,
+    refine: str = "coordinate",
+    ablation: str = "zero",
+    labels: LabelSource | None = "auto",
+    draws: int = 5,
+    edge_fractions: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+    n_pictures: int = 4,
+    batch_size: int = 8,
+    seed: int = 0,
+    strict: bool = False,
+    command: str = "",
+    progress: bool = False,
+) -> Bundle:
+    """Find the circuit of a concept, test it on images it has not seen, and save all of it.
+
+    Parameters
+    ----------
+    model
+        The network.
+    images
+        The concept: whatever `open_images` takes.
+    out
+        Folder for the result; None keeps it in memory.
+    reference
+        Images without the concept. They give the contrast, the replacement values of every
+        ablation but ``zero``, and the "others" of the test.
+    test, others
+        Images to test on, in place of the held-out part of `images` and `reference`.
+    find_with
+        How many images of each set find the circuit; by default half, at most 32.
+    layers
+        Addresses; by default the network's post-activation layers.
+    units
+        Units per layer: a number, a fraction, or layer → number.
+    score, summary
+        As for `attribute`.
+    contrast
+        ``none``, ``difference`` or ``ratio``; by default ``difference`` if there is a reference.
+    refine
+        As for `select`.
+    ablation
+        As for `ablate`.
+    labels
+        As for `evaluate`.
+    draws, edge_fractions
+        As for `evaluate`.
+    n_pictures
+        Image regions shown for each unit; 0 for none.
+    batch_size
+        Images per forward pass.
+    seed
+        Of every random choice.
+    strict
+        Stop at the first image that cannot be read.
+    command
+        The command to show on the page.
+    progress
+        Show progress bars.
+
+    Returns
+    -------
+    Bundle
+        Circuit, attributions, evaluation and pictures.
+
+    Raises
+    ------
+    ViscircuitsError
+        Whatever the caller can mend: its message says what was given and what to do.
+    """
+    spec = as_spec(model)
+    choose(SCORES, score, "score")
+    choose(SUMMARIES, summary, "summary")
+    choose(REFINEMENTS, refine, "refinement")
+    contrast = contrast or ("none" if reference is None else "difference")
+    choose(CONTRASTS, contrast, "contrast")
+    _check_reference(contrast, ablation, reference)
+    concept, tested = _part("concept", images, test, find_with, seed, strict)
+    background, untested = (
+        (None, None) if reference is None else _part("reference", reference, others, find_with, seed, strict)
+    )
+    if reference is None and others is not None:
+        untested = open_images(others, strict=strict)
+    chain = find_layers(spec, concept, layers)
+    units_per_layer({layer.address: layer.n_units for layer in chain}, units)
+    options = {"score": score, "summary": summary, "layers": [layer.address for layer in chain]}
+    attributions = _saved(out, spec, options, concept, background) or attribute(
+        spec, concept, options["layers"], reference=background, score=score, summary=summary,
+        batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+    if out is not None:  # kept at once: this is what takes the time
+        attributions.save(Path(out) / "attributions.safetensors")
+    statistics = (
+        None if background is None else measure(spec, background, options["layers"], batch_size=batch_size, progress=progress)
+    )
+    circuit = select(
+        attributions.contrast(contrast), units, refine=refine, generator=torch.Generator().manual_seed(seed)
+    )
+    circuit = replace(circuit, provenance={**circuit.provenance, "ablation": ablation, "seed": seed})
+    evaluation = evaluate(
+        spec, circuit, tested, untested, attributions=attributions, labels=labels, ablation=ablation,
+        reference=statistics, draws=draws, edge_fractions=edge_fractions, batch_size=batch_size, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    axes = {layer.address: layer.unit_axis for layer in chain}
+    pictures = _pictures(spec, circuit, concept, axes, n_pictures, batch_size, progress)
+    bundle = Bundle(circuit, attributions, evaluation, pictures, concept_name(images), command)
+    if out is not None:
+        bundle.save(out)
+    return bundle
+
+
+def concept_name(images: Source) -> str:
+    """A name for the concept: the folder's or file's own, or the rendered concept's."""
+    if isinstance(images, ImageSet):
+        images = images.address
+    return Path(str(images).split(",")[0]).stem.removeprefix("render:") if isinstance(images, str | Path) else "concept"
+
+
+def evaluate_again(
+    folder: str | Path,
+    images: Source,
+    *,
+    others: Source | None = None,
+    reference: Source | None = None,
+    ablation: str = "zero",
+    labels: LabelSource | None = "auto",
+    weights: str | Path | None = None,
+    draws: int = 5,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = False,
+) -> Bundle:
+    """Test the circuit of a result folder on other images or under another ablation; renew the folder.
+
+    Parameters
+    ----------
+    folder
+        What `discover` wrote.
+    images, others
+        Images with and without the concept.
+    reference
+        Where ``mean``, ``resample`` and ``noise`` take their values from; by default `others`.
+    weights
+        Where the model's weights are, if not where they were.
+    ablation, labels, draws, batch_size, seed, progress
+        As for `evaluate`.
+
+    Raises
+    ------
+    ImageError
+        If every image was used to find the circuit and so cannot test it.
+    """
+    bundle = Bundle.load(folder)
+    spec = model_of(bundle.circuit, weights)
+    tested = open_images(images)
+    background = None if others is None else open_images(others)
+    source = background if reference is None else open_images(reference)
+    if ablation != "zero" and source is None:
+        raise ViscircuitsError(f"ablation {ablation!r} needs reference images (--reference or --others IMAGES), or use 'zero'")
+    evaluation = evaluate(
+        spec, bundle.circuit, tested, background, attributions=bundle.attributions, labels=labels, ablation=ablation,
+        reference=source if ablation != "zero" else None, draws=draws, batch_size=batch_size, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    bundle = replace(bundle, evaluation=evaluation)
+    bundle.save(folder)
+    return bundle
+
+
+def edit_from(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    onnx: str | Path | None = None,
+    images: Source | None = None,
+    reference: Source | None = None,
+    ablation: str | None = None,
+    weights: str | Path | None = None,
+) -> tuple[Edited, float | None]:
+    """Write the network without the circuit of a result folder, as safetensors and perhaps as ONNX.
+
+    Parameters
+    ----------
+    folder
+        What `discover` wrote.
+    out
+        Where the weights go.
+    onnx
+        Where the ONNX file goes, if there shall be one.
+    images, reference
+        To check on, and to take means from; by default the images the circuit was found with.
+    ablation
+        By default the circuit's own.
+    weights
+        Where the model's weights are, if not where they were.
+
+    Returns
+    -------
+    tuple
+        The edited network, and how far the ONNX file differs from it (None without one).
+    """
+    bundle = Bundle.load(folder)
+    provenance = bundle.circuit.provenance
+    spec = model_of(bundle.circuit, weights)
+    ablation = ablation or provenance.get("ablation", "zero")
+    statistics = None
+    if ablation != "zero":
+        address = reference or provenance.get("reference", {}).get("address")
+        if address is None:
+            raise ViscircuitsError(f"ablation {ablation!r} needs reference images (--reference IMAGES), or use 'zero'")
+        statistics = measure(spec, open_images(address), bundle.circuit.layers)
+    checked = open_images(images if images is not None else provenance["images"]["address"], limit=N_CHECKED)
+    batch = next(iter(batches(checked, spec.transform, N_CHECKED)), None)
+    if batch is None:
+        raise ImageError("no image could be read to check the edit on; give some (--images IMAGES)")
+    edited = edit(spec, bundle.circuit, batch.images, ablation=ablation, reference=statistics)
+    edited.save(out)
+    return edited, None if onnx is None else edited.export_onnx(onnx, batch.images)
+
+
+def model_of(circuit: Circuit, weights: str | Path | None = None) -> ModelSpec:
+    """Load the model a circuit was found in, and check that it is the same one.
+
+    Raises
+    ------
+    ModelError
+        If the model was not loaded by address, or has other weights now.
+    """
+    provenance = circuit.provenance
+    try:
+        spec = load_model(provenance["model"], weights=weights or provenance.get("weights_from", "default"))
+    except KeyError as error:
+        raise ModelError("the circuit does not say which model it is from") from error
+    if spec.weights_digest() != provenance["weights"]:
+        raise ModelError(
+            f"the weights of {provenance['model']!r} are not those the circuit was found in; "
+            "pass the file they were in (--weights FILE)"
+        )
+    return spec
+
+
+def _check_reference(contrast: str, ablation: str, reference: Source | None) -> None:
+    if reference is None and contrast != "none":
+        raise ViscircuitsError(f"contrast {contrast!r} needs reference images (--reference IMAGES)")
+    if reference is None and ablation != "zero":
+        raise ViscircuitsError(f"ablation {ablation!r} needs reference images (--reference IMAGES), or use 'zero'")
+
+
+def _part(
+    what: str, source: Source, test: Source | None, find_with: int | None, seed: int, strict: bool
+) -> tuple[ImageSet, ImageSet]:
+    """The images that find the circuit and those that test it."""
+    images = open_images(source, strict=strict)
+    if test is not None:
+        return images, open_images(test, strict=strict)
+    count = images.count
+    if find_with is None and count is None:
+        raise ImageError(f"the {what} set is a stream of unknown length; say how many of it to use (--find-with N)")
+    if count is not None and count < 2:
+        raise ImageError(
+            f"the {what} set has {count} image; at least 2 are needed, to find with one and test on the other. "
+            "Give test images of their own (--test IMAGES), or more images."
+        )
+    n = min(MOST_TO_FIND, (count or 0) // 2) if find_with is None else find_with
+    if n < 1 or (count is not None and n >= count):
+        raise ImageError(f"cannot find a circuit with {n} of {count} {what} images and test it on the rest")
+    return split(images, n, seed)
+
+
+def _saved(
+    out: str | Path | None, spec: ModelSpec, options: dict[str, Any], concept: ImageSet, reference: ImageSet | None
+) -> Attributions | None:
+    """Attributions of an earlier run into the same folder, if they were made from the very same things."""
+    if out is None or not (Path(out) / "attributions.safetensors").exists():
+        return None
+    try:
+        found = Attributions.load(out)
+    except FileFormatError:
+        return None
+    expected = {
+        "model": spec.address,
+        "weights": spec.weights_digest(),
+        **options,
+        "images": _described(spec, concept),
+        "versions": versions(),
+    }
+    if reference is not None:
+        expected["reference"] = _described(spec, reference)
+    provenance = {key: value for key, value in found.provenance.items() if key != "engines"}
+    return found if provenance == expected else None
+
+
+def _described(spec: ModelSpec, images: ImageSet) -> dict[str, Any]:
+    names: list[str] = []
+    digests: list[str] = []
+    for batch in batches(images, spec.transform, 16):
+        names += batch.names
+        digests += batch.digests
+    return describe(images, names, digests)
+
+
+def _pictures(
+    spec: ModelSpec, circuit: Circuit, images: ImageSet, axes: dict[str, int], n: int, batch_size: int, progress: bool
+) -> dict[Any, list[Exemplar]]:
+    if not n or spec.transform is None:
+        return {}
+
+    def watch(stream: Any) -> Any:
+        return tqdm(stream, desc="pictures", delay=2, disable=not progress)
+
+    return exemplars(
+        spec.model, list(circuit), images, spec.transform, n=n, batch_size=batch_size, unit_axes=axes, progress=watch
+    )

@@ -1,0 +1,186 @@
+"""Attribution as values: one matrix for each pair of adjacent layers, and where it came from.
+
+Rows are targets, columns sources. Matrices do not depend on a circuit: they are computed once,
+kept in a safetensors file, and selected from many times.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from viscircuits.errors import FileFormatError, ViscircuitsError
+from viscircuits.files import write_atomically
+
+SCHEMA = "viscircuits/attributions"
+VERSION = 1
+HEADER = "viscircuits"  # the name of our entry in the file's metadata
+
+
+@dataclass(frozen=True)
+class AttributionMatrix:
+    """How much each unit of one layer contributes to each unit of the next, over a set of images.
+
+    Parameters
+    ----------
+    source, target
+        Addresses of the two layers.
+    values
+        The score, averaged over images.
+    signed
+        The signed linear contribution `Σ_p A_m · ∂s_n/∂A_m`, averaged over images.
+    per_image
+        The score before averaging, when it was asked for.
+    """
+
+    source: str
+    target: str
+    values: Float[Tensor, "target source"]
+    signed: Float[Tensor, "target source"]
+    per_image: Float[Tensor, "image target source"] | None = None
+
+
+@dataclass(frozen=True)
+class Attributions:
+    """The attribution matrices of a chain of layers, with each unit's activity on the way.
+
+    Parameters
+    ----------
+    matrices
+        One matrix for each pair of adjacent layers, in execution order.
+    activity
+        Layer address → mean over images of the L2 norm of each unit's map.
+    n_images
+        How many images were averaged.
+    provenance
+        What made them: model, digests, options, versions.
+    reference
+        The same, measured on the reference images, when there were any.
+    """
+
+    matrices: tuple[AttributionMatrix, ...]
+    activity: Mapping[str, Float[Tensor, " unit"]]
+    n_images: int
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    reference: Attributions | None = None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layer addresses in execution order."""
+        return (self.matrices[0].source, *(m.target for m in self.matrices))
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Layer address → number of units."""
+        first = self.matrices[0]
+        return {first.source: first.values.shape[1], **{m.target: m.values.shape[0] for m in self.matrices}}
+
+    def contrast(self, how: str) -> Attributions:
+        """Set the concept's attribution against the reference's.
+
+        ``none`` returns the concept's own matrices (the paper's definition); ``difference`` is
+        concept − reference; ``ratio`` is concept / (reference + ε) with ε the mean of the
+        reference matrix, so that a connection silent in both is not chosen for dividing by
+        nearly zero.
+
+        Raises
+        ------
+        ViscircuitsError
+            If there is no reference to contrast with, or `how` is not one of the three.
+        """
+        if how not in CONTRASTS:
+            raise ViscircuitsError(f"no contrast {how!r}; choose one of {', '.join(CONTRASTS)}")
+        if how == "none":
+            return self
+        if self.reference is None:
+            raise ViscircuitsError(f"contrast {how!r} needs reference images (--reference), none were given")
+        operation = CONTRASTS[how]
+        matrices = tuple(
+            replace(mine, values=operation(mine.values, other.values), per_image=None)
+            for mine, other in zip(self.matrices, self.reference.matrices, strict=True)
+        )
+        return replace(self, matrices=matrices, provenance={**self.provenance, "contrast": how})
+
+    def save(self, path: str | Path) -> Path:
+        """Write every matrix to one safetensors file, with the provenance in its header."""
+        tensors: dict[str, Tensor] = {}
+        for prefix, part in self._parts():
+            for i, matrix in enumerate(part.matrices):
+                tensors[f"{prefix}.{i}.values"] = matrix.values
+                tensors[f"{prefix}.{i}.signed"] = matrix.signed
+                if matrix.per_image is not None:
+                    tensors[f"{prefix}.{i}.per_image"] = matrix.per_image
+            for i, layer in enumerate(part.layers):
+                tensors[f"{prefix}.{i}.activity"] = part.activity[layer]
+        header = {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "layers": self.layers,
+            "n_images": {prefix: part.n_images for prefix, part in self._parts()},
+            "provenance": {prefix: dict(part.provenance) for prefix, part in self._parts()},
+        }
+        # one entry, because safetensors writes several in an order that changes from run to run
+        metadata = {HEADER: json.dumps(header, sort_keys=True)}
+        own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        return write_atomically(Path(path), save(own, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Attributions:
+        """Read what `save` wrote, from the file or from a result folder that holds it."""
+        path = Path(path)
+        path = path / "attributions.safetensors" if path.is_dir() else path
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            raise FileFormatError(f"cannot read attributions from {str(path)!r}: {error}") from error
+        if not isinstance(header, dict) or (header.get("schema"), header.get("version")) != (SCHEMA, VERSION):
+            raise FileFormatError(f"{str(path)!r} does not hold viscircuits attributions of version {VERSION}")
+        try:
+            layers, provenance = header["layers"], header["provenance"]
+            parts = {
+                prefix: _part(prefix, layers, tensors, n, provenance[prefix]) for prefix, n in header["n_images"].items()
+            }
+            return replace(parts["concept"], reference=parts.get("reference"))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise FileFormatError(f"{str(path)!r} is damaged: {type(error).__name__} {error}") from error
+
+    def _parts(self) -> list[tuple[str, Attributions]]:
+        return [("concept", self)] + ([("reference", self.reference)] if self.reference else [])
+
+
+def _part(prefix: str, layers: list[str], tensors: dict[str, Tensor], n_images: int, provenance: dict) -> Attributions:
+    matrices = tuple(
+        AttributionMatrix(
+            source,
+            target,
+            tensors[f"{prefix}.{i}.values"],
+            tensors[f"{prefix}.{i}.signed"],
+            tensors.get(f"{prefix}.{i}.per_image"),
+        )
+        for i, (source, target) in enumerate(zip(layers[:-1], layers[1:], strict=True))
+    )
+    activity = {layer: tensors[f"{prefix}.{i}.activity"] for i, layer in enumerate(layers)}
+    return Attributions(matrices, activity, n_images, provenance)
+
+
+def _difference(concept: Tensor, reference: Tensor) -> Tensor:
+    return concept - reference
+
+
+def _ratio(concept: Tensor, reference: Tensor) -> Tensor:
+    scale = reference.abs().mean()
+    return concept / (reference + scale) if scale > 0 else concept.clone()
+
+
+CONTRASTS = {"none": None, "difference": _difference, "ratio": _ratio}

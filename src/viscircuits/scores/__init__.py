@@ -1,0 +1,1 @@
+"""Scores between units of adjacent layers, and the ways to compute them."""

@@ -1,0 +1,245 @@
+"""Metrics: each beside the law or the oracle it must obey."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import scipy.spatial.distance
+import scipy.special
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import tensor
+
+from viscircuits import metrics
+from viscircuits.circuit import Circuit
+from viscircuits.errors import ViscircuitsError
+
+
+def circuit(units: dict[str, tuple[int, ...]], width: int = 10) -> Circuit:
+    return Circuit(units, dict.fromkeys(units, width))
+
+
+# --------------------------------------------------------------------- behaviour
+
+
+def test_accuracy_is_the_share_of_right_answers():
+    logits = tensor([[2.0, 1.0], [0.0, 3.0], [5.0, 4.0], [0.0, 1.0]])
+    labels = tensor([0, 1, 1, 1])
+    assert metrics.correct(logits, labels).tolist() == [1, 1, 0, 1]
+    assert metrics.accuracy(logits, labels) == 0.75
+
+
+def test_accuracy_of_no_image_is_an_error():
+    with pytest.raises(ViscircuitsError, match="accuracy needs at least one image"):
+        metrics.accuracy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
+
+
+def test_kl_equals_the_entropy_oracle_and_vanishes_for_equal_outputs():
+    full, edited = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).double()
+    oracle = scipy.stats.entropy(scipy.special.softmax(full, 1), scipy.special.softmax(edited, 1), axis=1)
+    assert metrics.kl_divergence(full, edited).tolist() == pytest.approx(oracle.tolist())
+    assert metrics.kl_divergence(full, full + 3.0).tolist() == pytest.approx([0.0] * 5, abs=1e-12)
+
+
+def test_kl_is_finite_and_not_negative_for_extreme_float16_logits():
+    full = tensor([[6e4, -6e4], [0.1, 0.1]], dtype=torch.float16)
+    assert metrics.kl_divergence(full, full.flip(1)).tolist() == pytest.approx([119936.0, 0.0], rel=1e-3)
+
+
+def test_cosine_distance_equals_the_oracle_and_ignores_length():
+    a, b = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1)).double()
+    oracle = [scipy.spatial.distance.cosine(x, y) for x, y in zip(a, b, strict=True)]
+    assert metrics.cosine_distance(a, b).tolist() == pytest.approx(oracle)
+    assert metrics.cosine_distance(a, 7 * a).tolist() == pytest.approx([0.0] * 4, abs=1e-12)
+    assert metrics.cosine_distance(a, -a).tolist() == pytest.approx([2.0] * 4)
+
+
+# ------------------------------------------------------------------- explanation
+
+
+def test_faithfulness_is_one_for_the_model_zero_for_nothing_and_linear_between():
+    full, empty = tensor([4.0, 8.0]), tensor([1.0, 1.0])
+    assert metrics.faithfulness(full, full, empty) == 1
+    assert metrics.faithfulness(full, empty, empty) == 0
+    assert metrics.faithfulness(full, tensor([2.0, 5.0]), empty) == pytest.approx(0.5)
+    assert metrics.faithfulness(full, 2 * full, empty) > 1
+
+
+def test_faithfulness_does_not_change_with_the_metrics_zero_and_unit():
+    full, kept, empty = tensor([4.0, 8.0]), tensor([3.0, 1.0]), tensor([1.0, 0.0])
+    changed = [-2 * x + 5 for x in (full, kept, empty)]
+    assert metrics.faithfulness(*changed) == pytest.approx(metrics.faithfulness(full, kept, empty))
+
+
+def test_faithfulness_without_an_effect_says_so():
+    with pytest.raises(ViscircuitsError, match="faithfulness has no meaning here"):
+        metrics.faithfulness(tensor([1.0, 3.0]), tensor([1.0, 1.0]), tensor([2.0, 2.0]))
+
+
+def test_completeness_and_faithfulness_sum_to_one_where_units_add_up():
+    parts, kept = tensor([1.0, 2.0, 4.0]), tensor([True, False, True])
+    full, empty = parts.sum()[None], torch.zeros(1)
+    circuit_alone, rest_alone = (parts * kept).sum()[None], (parts * ~kept).sum()[None]
+    whole = metrics.faithfulness(full, circuit_alone, empty) + metrics.completeness(full, rest_alone, empty)
+    assert whole == pytest.approx(1)
+
+
+def test_selectivity_is_one_for_a_clean_cut_and_zero_for_equal_harm():
+    right, wrong = torch.ones(4), torch.zeros(4)
+    assert metrics.selectivity(right, wrong, torch.ones(9), torch.ones(9)) == 1
+    assert metrics.selectivity(right, wrong, torch.ones(9), torch.zeros(9)) == 0
+    assert metrics.selectivity(right, right, torch.ones(9), torch.zeros(9)) == -1
+
+
+def test_area_between_two_lines_is_their_triangle_and_turns_with_their_order():
+    x = tensor([0.0, 0.5, 2.0])
+    assert metrics.area_between(x, 3 * x, x) == pytest.approx(4.0)
+    assert metrics.area_between(x, x, 3 * x) == pytest.approx(-4.0)
+    with pytest.raises(ViscircuitsError, match="rising x"):
+        metrics.area_between(tensor([0.0, 0.0]), x[:2], x[:2])
+
+
+def test_cpr_and_cmd_of_a_perfect_and_of_a_proportional_circuit():
+    perfect = torch.ones(10, dtype=torch.float64)
+    proportional = tensor(metrics.MIB_FRACTIONS, dtype=torch.float64)
+    assert metrics.cpr(perfect) == pytest.approx(0.999, abs=1e-12)
+    assert metrics.cmd(perfect) == 0
+    assert metrics.cmd(proportional) == pytest.approx(0.4990005, abs=1e-12)
+    assert metrics.cpr(proportional) + metrics.cmd(proportional) == pytest.approx(0.999)
+
+
+def test_overshooting_raises_cpr_but_counts_against_cmd():
+    sizes = tensor([0.0, 1.0])
+    assert metrics.cpr(tensor([1.5, 1.5]), sizes) == pytest.approx(1.5)
+    assert metrics.cmd(tensor([1.5, 1.5]), sizes) == pytest.approx(0.5)
+
+
+def test_cpr_of_another_number_of_sizes_asks_for_them():
+    with pytest.raises(ViscircuitsError, match="3 values for the 10 circuit sizes"):
+        metrics.cpr(torch.ones(3))
+
+
+# --------------------------------------------------------------------- agreement
+
+
+def test_jaccard_is_shared_over_union():
+    assert metrics.jaccard((1, 2, 3), (2, 3, 4, 5)) == pytest.approx(2 / 5)
+    assert metrics.jaccard((), ()) == 1
+    assert metrics.jaccard((1,), ()) == 0
+
+
+def sizes_in_a_layer() -> st.SearchStrategy[tuple[int, int, int]]:
+    return st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(0, n)))
+
+
+@given(sizes_in_a_layer(), st.integers(0, 60))
+def test_p_value_equals_the_hypergeometric_tail(sizes, shared):
+    n, a, b = sizes
+    oracle = scipy.stats.hypergeom(n, a, b).sf(shared - 1)
+    assert metrics.overlap_p_value(n, a, b, shared) == pytest.approx(oracle, abs=1e-10)
+
+
+def test_chance_jaccard_equals_the_mean_over_every_pair_of_sets():
+    n, a, b = 6, 2, 3
+    fixed = set(range(a))
+    every = [metrics.jaccard(fixed, other) for other in itertools.combinations(range(n), b)]
+    assert metrics.chance_jaccard(n, a, b) == pytest.approx(sum(every) / len(every))
+
+
+@given(sizes_in_a_layer())
+def test_chance_jaccard_is_symmetric_and_exact_at_its_ends(sizes):
+    n, a, b = sizes
+    assert metrics.chance_jaccard(n, a, b) == pytest.approx(metrics.chance_jaccard(n, b, a))
+    assert metrics.chance_jaccard(n, n, b) == pytest.approx(b / n)
+    assert metrics.chance_jaccard(n, 0, 0) == 1
+
+
+def test_chance_jaccard_of_a_wide_layer_stays_near_the_ratio_of_means():
+    n, k = 4096, 400
+    expected_shared = k * k / n
+    assert metrics.chance_jaccard(n, k, k) == pytest.approx(expected_shared / (2 * k - expected_shared), rel=1e-2)
+
+
+def test_sets_larger_than_the_layer_are_refused():
+    with pytest.raises(ViscircuitsError, match="sets of 3 and 7 units do not fit into 5"):
+        metrics.chance_jaccard(5, 3, 7)
+
+
+def test_overlap_reports_each_common_layer_beside_its_chance():
+    a = circuit({"x": (0, 1), "y": (3, 4, 5), "z": (1,)})
+    b = circuit({"y": (4, 5, 6), "x": (0, 1)})
+    x, y = metrics.overlap(a, b)
+    assert (x.layer, x.shared, x.jaccard) == ("x", 2, 1.0)
+    assert x.p_value == pytest.approx(1 / math.comb(10, 2))
+    assert (y.layer, y.n_units, y.size_a, y.size_b, y.shared, y.jaccard) == ("y", 10, 3, 3, 2, 0.5)
+    assert y.chance == metrics.chance_jaccard(10, 3, 3)
+
+
+def test_overlap_of_circuits_that_cannot_be_compared_says_why():
+    with pytest.raises(ViscircuitsError, match="no layer in common: one has x, the other y"):
+        metrics.overlap(circuit({"x": (1,)}), circuit({"y": (1,)}))
+    with pytest.raises(ViscircuitsError, match="layer 'x' has 10 units in one circuit and 12 in the other"):
+        metrics.overlap(circuit({"x": (1,)}), circuit({"x": (1,)}, width=12))
+
+
+# --------------------------------------------------------------------- certainty
+
+
+def test_bootstrap_interval_of_a_mean_matches_the_normal_one():
+    sample = torch.randn(400, generator=torch.Generator().manual_seed(2))
+    interval = metrics.bootstrap(torch.mean, sample, draws=4000)
+    half = 1.96 * sample.std().item() / 20
+    assert interval.value == pytest.approx(sample.mean().item())
+    assert interval.low == pytest.approx(interval.value - half, abs=0.1 * half)
+    assert interval.high == pytest.approx(interval.value + half, abs=0.1 * half)
+
+
+def test_bootstrap_of_the_mean_at_once_equals_the_draws_one_by_one():
+    sample = torch.rand(30, generator=torch.Generator().manual_seed(3)).double()
+    at_once = metrics.bootstrap(torch.mean, sample, draws=50, generator=torch.Generator().manual_seed(1))
+    one_by_one = metrics.bootstrap(lambda x: x.mean(), sample, draws=50, generator=torch.Generator().manual_seed(1))
+    assert (at_once.low, at_once.high) == pytest.approx((one_by_one.low, one_by_one.high))
+
+
+def test_bootstrap_of_a_constant_has_no_width():
+    assert metrics.bootstrap(torch.mean, torch.full((5,), 2.0)) == metrics.Interval(2.0, 2.0, 2.0)
+
+
+def test_pairing_removes_what_two_measurements_share():
+    before = torch.randn(100, generator=torch.Generator().manual_seed(4))
+    after = before - 1
+    paired = metrics.bootstrap(lambda a, b: a.mean() - b.mean(), before, after, paired=True)
+    unpaired = metrics.bootstrap(lambda a, b: a.mean() - b.mean(), before, after)
+    assert (paired.low, paired.high) == pytest.approx((1, 1), abs=1e-5)
+    assert unpaired.high - unpaired.low > 0.3
+
+
+def test_bootstrap_takes_the_other_metrics_and_samples_of_unlike_length():
+    ones = [torch.ones(n) for n in (5, 5, 8, 8)]
+    interval = metrics.bootstrap(metrics.selectivity, ones[0], 0 * ones[1], ones[2], ones[3], draws=20)
+    assert interval == metrics.Interval(1.0, 1.0, 1.0)
+
+
+def test_a_wider_level_gives_a_wider_interval():
+    sample = torch.rand(50, generator=torch.Generator().manual_seed(5))
+    narrow, wide = (metrics.bootstrap(torch.mean, sample, level=level) for level in (0.5, 0.99))
+    assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "told"),
+    [
+        ((), {}, "at least one image"),
+        ((torch.zeros(0),), {}, "at least one image"),
+        ((torch.ones(3), torch.ones(4)), {"paired": True}, "same images, got 3, 4"),
+        ((torch.ones(3),), {"draws": 0}, "draws >= 1"),
+        ((torch.ones(3),), {"level": 95.0}, "level between 0 and 1"),
+    ],
+)
+def test_bootstrap_refuses_what_it_cannot_draw(samples, options, told):
+    with pytest.raises(ViscircuitsError, match=told):
+        metrics.bootstrap(torch.mean, *samples, **options)

@@ -1,0 +1,374 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+from PIL import Image, ImageDraw
+
+from viscircuits.circuit import Circuit, Edge, Unit
+from viscircuits.exemplars import Exemplar
+from viscircuits.page import MAX_EDGES, crossings, order_units, page, reveal
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+# ------------------------------------------------------------------ a circuit, its pictures, its figures
+
+
+def fake_circuit(n_layers: int, n_units: int, n_edges: int, seed: int = 0) -> Circuit:
+    rng = random.Random(seed)
+    layers = [f"blocks.{i // 3 + 2}.{i % 3}.act" for i in range(n_layers)]
+    units = {layer: tuple(sorted(rng.sample(range(8 * n_units), n_units))) for layer in layers}
+    pairs = [(Unit(a, i), Unit(b, j)) for a, b in pairwise(layers) for i in units[a] for j in units[b]]
+    edges = [
+        Edge(source, target, score := rng.paretovariate(1.6) / 50, score * rng.choice([0.7, 0.5, -0.4]))
+        for source, target in rng.sample(pairs, min(n_edges, len(pairs)))
+    ]
+    return Circuit(
+        units,
+        dict.fromkeys(layers, 8 * n_units),
+        scores={layer: tuple(rng.paretovariate(2) / 10 for _ in indices) for layer, indices in units.items()},
+        edges=tuple(sorted(edges, key=lambda edge: -edge.score)),
+        selection={"objective": 12.3, "bound": 12.9, "gap": 0.047},
+        provenance={
+            "model": {"address": "lite0"},
+            "images": {"address": "dogs/find", "n": 16},
+            "reference": {"address": "others/find", "n": 40},
+            "score": "cla",
+            "options": {"units": n_units, "refine": "coordinate"},
+        },
+    )
+
+
+def fake_pictures(circuit: Circuit, n: int = 4, side: int = 96, seed: int = 0) -> dict[Unit, list[Exemplar]]:
+    rng = random.Random(seed)
+    return {
+        unit: [
+            Exemplar(f"{rng.choice(BREEDS)}.jpg", 4.0 / (i + 1), (0, 0, side, side), _patch(rng, side, hue))
+            for i in range(n)
+        ]
+        for unit in circuit
+        for hue in [rng.randrange(360)]
+    }
+
+
+BREEDS = ("beagle", "collie", "pug", "whippet", "samoyed", "dalmatian")
+
+
+def _patch(rng: random.Random, side: int, hue: int) -> Image.Image:
+    image = Image.new("RGB", (side, side), f"hsl({hue}, 35%, {rng.randint(30, 60)}%)")
+    draw = ImageDraw.Draw(image)
+    for _ in range(6):
+        x, y, r = (rng.randrange(side) for _ in range(3))
+        draw.ellipse(
+            (x - r / 2, y - r / 2, x + r / 2, y + r / 2),
+            f"hsl({(hue + rng.randint(-30, 30)) % 360}, 45%, {rng.randint(20, 85)}%)",
+        )
+    return image
+
+
+def about(value: float, width: float = 0.05) -> dict[str, float]:
+    return {"value": value, "low": value - width, "high": value + width}
+
+
+def fake_evaluation() -> dict:
+    names = {"circuit": (0.08, 0.76), "random": (0.86, 0.82), "activation": (0.55, 0.4), "weight norm": (0.8, 0.78)}
+    x = [0.0, 0.1, 0.25, 0.5, 0.75, 1.0]
+
+    def series(name: str, concept: float, others: float) -> dict:
+        return {
+            "name": name,
+            "concept": [about(0.92 + (concept - 0.92) * f**0.7) for f in x],
+            "others": [about(0.89 + (others - 0.89) * f) for f in x],
+            "selectivity": [about((0.92 - concept) * f**0.7 - (0.89 - others) * f, 0.06) for f in x],
+        }
+
+    return {
+        "schema": "viscircuits/evaluation",
+        "version": 1,
+        "ablation": "mean",
+        "measure": "accuracy",
+        "labelled": True,
+        "images": {
+            "concept": {"address": "dogs/test", "n": 60, "skipped": []},
+            "others": {"address": "others/test", "n": 120, "skipped": [{"name": "broken.jpg", "reason": "truncated"}]},
+        },
+        "baseline": {
+            "concept": {"accuracy": about(0.92), "logit": about(9.1, 0.4)},
+            "others": {"accuracy": about(0.89), "logit": about(8.8, 0.3)},
+        },
+        "circuits": [
+            {
+                "name": name,
+                "draws": 5 if name == "random" else 1,
+                "n_units": 192,
+                "concept": {"accuracy": about(concept), "logit": about(3.0), "kl": about(2.1)},
+                "others": {"accuracy": about(others), "logit": about(8.0), "kl": about(0.3)},
+                "selectivity": about((0.92 - concept) - (0.89 - others), 0.1),
+            }
+            for name, (concept, others) in names.items()
+        ],
+        "faithfulness": about(0.41),
+        "completeness": None,
+        "unit_curve": {
+            "x": x,
+            "n_units": [0, 19, 48, 96, 144, 192],
+            "series": [series(name, *names[name]) for name in ("circuit", "random")],
+        },
+        "edge_curve": {
+            "source": "blocks.2.0.act",
+            "target": "blocks.2.1.act",
+            "x": x,
+            "n_edges": [0, 58, 144, 288, 432, 576],
+            "series": [series("by score", 0.7, 0.86), series("random order", 0.85, 0.87)],
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def circuit() -> Circuit:
+    return fake_circuit(4, 6, 80)
+
+
+def shown(
+    circuit: Circuit, evaluation=None, pictures=None, title="dog", command="viscircuits discover lite0 dogs"
+) -> str:
+    return page(circuit, evaluation, pictures, title=title, command=command)
+
+
+def held(text: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+
+
+# ------------------------------------------------------------------ what the file holds
+
+
+def test_the_page_holds_the_circuit_as_it_is(circuit):
+    data = held(shown(circuit))
+    assert [layer["name"] for layer in data["layers"]] == list(circuit.layers)
+    units = [Unit(layer["name"], index) for layer in data["layers"] for index in layer["units"]]
+    ends = set(zip(data["edges"]["source"], data["edges"]["target"], strict=True))
+    assert {(units[i], units[j]) for i, j in ends} == {(edge.source, edge.target) for edge in circuit.edges}
+    assert data["n_edges"] == len(circuit.edges)
+
+
+def test_each_layer_shows_each_of_its_units_once(circuit):
+    first = 0
+    for layer in held(shown(circuit))["layers"]:
+        assert sorted(layer["order"]) == list(range(first, first + len(layer["units"])))
+        first += len(layer["units"])
+
+
+def test_evaluation_comes_through_unchanged_but_for_numbers_that_are_none(circuit):
+    evaluation = fake_evaluation()
+    evaluation["faithfulness"]["high"] = float("nan")
+    data = held(shown(circuit, evaluation))
+    assert data["evaluation"]["faithfulness"].pop("high") is None
+    del evaluation["faithfulness"]["high"]
+    assert data["evaluation"] == evaluation
+
+
+def test_hostile_text_stays_text(circuit):
+    hostile = "</script><script>alert(1)</script><!-- & @@data@@"
+    text = shown(circuit, title=hostile, command=hostile)
+    assert "<script>alert" not in text
+    assert held(text)["title"] == held(text)["command"] == hostile
+    assert len(re.findall(r"<script\b", text)) == len(re.findall(r"</script>", text)) == 2
+
+
+class Addresses(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data", "poster")]
+
+
+def test_the_page_asks_nothing_of_a_network(circuit):
+    text = shown(circuit, fake_evaluation(), fake_pictures(circuit))
+    parser = Addresses()
+    parser.feed(text)
+    assert parser.found == []
+    assert "http://" not in text and "https://" not in text and "@import" not in text
+    assert "default-src 'none'" in text
+
+
+def test_every_picture_is_one_tile_of_the_sprite(circuit):
+    data = held(shown(circuit, pictures=fake_pictures(circuit, n=3)))
+    tiles = [shot[0] for mine in data["pictures"] for shot in mine]
+    assert tiles == list(range(3 * circuit.n_units))
+    sprite = data["sprite"]
+    sheet = Image.open(io.BytesIO(base64.b64decode(sprite["uri"].split(",")[1])))
+    assert sheet.size == (sprite["columns"] * sprite["tile"], sprite["rows"] * sprite["tile"])
+    assert sprite["columns"] * sprite["rows"] >= len(tiles)
+
+
+def test_a_tile_shows_the_picture_of_its_unit():
+    circuit = Circuit({"a": (0, 1, 2)}, {"a": 3})
+    colours = {0: (250, 0, 0), 1: (0, 250, 0), 2: (0, 0, 250)}
+    pictures = {
+        Unit("a", i): [Exemplar("x", 1.0, (0, 0, 32, 32), Image.new("RGB", (32, 32), c))] for i, c in colours.items()
+    }
+    sprite = held(shown(circuit, pictures=pictures))["sprite"]
+    sheet = Image.open(io.BytesIO(base64.b64decode(sprite["uri"].split(",")[1]))).convert("RGB")
+    for i, colour in colours.items():
+        centre = [(n + 0.5) * sprite["tile"] for n in (i % sprite["columns"], i // sprite["columns"])]
+        assert sheet.getpixel((int(centre[0]), int(centre[1]))) == pytest.approx(colour, abs=24)
+
+
+# ------------------------------------------------------------------ order of edges and units
+
+
+def test_reveal_covers_every_pair_of_layers_at_the_same_pace():
+    small = [Edge(Unit("a", i), Unit("b", 0), 1e-6 * (10 - i), 1.0) for i in range(10)]
+    large = [Edge(Unit("b", i), Unit("c", 0), 1e3 * (10 - i), 1.0) for i in range(10)]
+    revealed = reveal(small + large)
+    assert {edge.source.layer for edge, _ in revealed[:2]} == {"a", "b"}
+    for n in range(2, 21, 2):
+        covered = {layer: sum(share for edge, share in revealed[:n] if edge.source.layer == layer) for layer in "ab"}
+        assert covered["a"] == pytest.approx(covered["b"])
+    assert sum(share for _, share in revealed) == pytest.approx(2)
+
+
+def test_the_page_keeps_the_strongest_edges_and_says_how_many_there_are():
+    circuit = fake_circuit(2, 150, MAX_EDGES + 500)
+    data = held(shown(circuit))
+    assert data["n_edges"] == MAX_EDGES + 500
+    weakest_kept = sorted((edge.score for edge in circuit.edges), reverse=True)[MAX_EDGES - 1]
+    assert len(data["edges"]["score"]) == MAX_EDGES
+    assert min(data["edges"]["score"]) == pytest.approx(weakest_kept, rel=1e-3)
+
+
+def test_crossings_are_counted_pair_by_pair():
+    links = [(0, 2, 1.0), (1, 3, 1.0)]
+    assert crossings([[0, 1], [2, 3]], links) == 0
+    assert crossings([[1, 0], [2, 3]], links) == 1
+    assert crossings([[0, 1], [2, 3]], [(0, 3, 1.0), (1, 2, 1.0), (0, 2, 1.0)]) == 1
+
+
+def test_ordering_untangles_a_shuffled_ladder():
+    groups = [[10 * layer + i for i in range(10)] for layer in range(4)]
+    rng = random.Random(1)
+    shuffled = [rng.sample(group, len(group)) for group in groups]
+    links = [(a, b, 1.0) for below, above in pairwise(groups) for a, b in zip(below, above, strict=True)]
+    assert crossings(shuffled, links) > 0
+    assert crossings(order_units(shuffled, links), links) == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ordering_never_adds_crossings(seed):
+    rng = random.Random(seed)
+    groups = [list(range(8 * layer, 8 * layer + 8)) for layer in range(3)]
+    links = [(rng.choice(a), rng.choice(b), rng.random()) for a, b in pairwise(groups) for _ in range(20)]
+    ordered = order_units(groups, links)
+    assert crossings(ordered, links) <= crossings(groups, links)
+    assert [sorted(group) for group in ordered] == groups
+
+
+# ------------------------------------------------------------------ in a browser
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """Return a function that opens a page in headless Chromium and gives back the DOM it ends with."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine, so the page's script is not run")
+
+    def opened(text: str, fragment: str = "", width: int = 1400) -> str:
+        path = tmp_path / "index.html"
+        path.write_text(text, encoding="utf-8")
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        flags += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom"]
+        result = subprocess.run(
+            [CHROMIUM, *flags, path.as_uri() + fragment], capture_output=True, text=True, timeout=120
+        )
+        return result.stdout.split('<script type="application/json"')[0]
+
+    return opened
+
+
+def assert_ran(dom: str) -> None:
+    assert re.search(r"<html[^>]*data-ready=\"1\"", dom)
+    assert not re.search(r"<html[^>]*data-error", dom)
+
+
+def test_the_script_draws_every_unit_and_the_figures(browse, circuit):
+    dom = browse(shown(circuit, fake_evaluation(), fake_pictures(circuit)))
+    assert_ran(dom)
+    assert len(re.findall(r'<button class="unit', dom)) == circuit.n_units
+    assert "92\u202f% → 8\u202f%" in dom and "not measured" in dom  # completeness
+    assert dom.count("<figure>") >= 6
+    assert "dogs/find" in dom and "dogs/test" in dom
+
+
+def test_without_evaluation_or_pictures_the_page_says_so(browse, circuit):
+    dom = browse(shown(circuit), fragment=f"#{next(iter(circuit))}")
+    assert_ran(dom)
+    assert "Not measured." in dom and "made without pictures" in dom
+
+
+def test_images_that_served_twice_are_counted(browse, circuit):
+    evaluation = fake_evaluation()
+    evaluation["images"]["concept"]["names"] = ["a.jpg", "b.jpg", "c.jpg"]
+    found = {**circuit.provenance, "images": {"address": "dogs", "n": 2, "names": ["c.jpg", "a.jpg"]}}
+    assert "2 test images also served to find" in browse(shown(replace(circuit, provenance=found), evaluation))
+    assert "also served" not in browse(shown(circuit, evaluation))
+
+
+def test_an_evaluation_may_lack_any_entry(browse, circuit):
+    whole = fake_evaluation()
+    partial = {key: value for key, value in whole.items() if key not in ("baseline", "images", "edge_curve")}
+    partial["circuits"] = [{"name": "circuit", "concept": {"cosine": about(0.4)}}]
+    partial["measure"] = "cosine"
+    assert_ran(browse(shown(circuit, partial)))
+    assert_ran(browse(shown(circuit, {"schema": "viscircuits/evaluation", "version": 1})))
+
+
+def test_a_permanent_link_opens_the_unit_it_names(browse, circuit):
+    unit = circuit.edges[0].source
+    dom = browse(shown(circuit, pictures=fake_pictures(circuit)), fragment=f"#{unit}")
+    assert re.search(r'<button class="unit[^"]*chosen[^>]*>', dom)
+    assert f"<h2>{unit}</h2>" in dom and "Strongest outgoing" in dom
+
+
+def pressing(text: str, *keys: str) -> str:
+    presses = "".join(
+        f"document.body.dispatchEvent(new KeyboardEvent('keydown', {{key: '{key}', bubbles: true}}));" for key in keys
+    )
+    return text.replace("</body>", f"<script>{presses}</script></body>")
+
+
+def chosen(dom: str) -> list[str]:
+    return re.findall(r'aria-label="Unit (\d+) of ([^,"]+)[^>]*aria-current="true"', dom)
+
+
+def test_arrow_keys_walk_along_the_strongest_edge_and_escape_clears(browse, circuit):
+    first = circuit.edges[0].source
+    strongest = max((edge for edge in circuit.edges if edge.source == first), key=lambda edge: edge.score).target
+    there = browse(pressing(shown(circuit), "ArrowRight"), fragment=f"#{first}")
+    assert_ran(there)
+    assert chosen(there) == [(str(strongest.index), strongest.layer)]
+    assert chosen(browse(pressing(shown(circuit), "ArrowRight", "Escape"), fragment=f"#{first}")) == []
+
+
+def test_a_circuit_of_one_layer_and_no_edges_is_drawn(browse):
+    dom = browse(shown(Circuit({"relu": (1, 4)}, {"relu": 8})))
+    assert_ran(dom)
+    assert "no edges" in dom
+
+
+def test_a_thousand_units_are_drawn(browse):
+    circuit = fake_circuit(12, 100, 6_000)
+    dom = browse(shown(circuit, fake_evaluation()))
+    assert_ran(dom)
+    assert len(re.findall(r'<button class="unit', dom)) == 1200
