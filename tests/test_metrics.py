@@ -191,7 +191,7 @@ def test_overlap_of_circuits_that_cannot_be_compared_says_why():
 
 def test_bootstrap_interval_of_a_mean_matches_the_normal_one():
     sample = torch.randn(400, generator=torch.Generator().manual_seed(2))
-    interval = metrics.bootstrap(torch.mean, sample, draws=4000)
+    interval = metrics.bootstrap(lambda x: x.mean(-1), sample, draws=4000, vectorised=True)
     half = 1.96 * sample.std().item() / 20
     assert interval.value == pytest.approx(sample.mean().item())
     assert interval.low == pytest.approx(interval.value - half, abs=0.1 * half)
@@ -200,7 +200,9 @@ def test_bootstrap_interval_of_a_mean_matches_the_normal_one():
 
 def test_bootstrap_of_the_mean_at_once_equals_the_draws_one_by_one():
     sample = torch.rand(30, generator=torch.Generator().manual_seed(3)).double()
-    at_once = metrics.bootstrap(torch.mean, sample, draws=50, generator=torch.Generator().manual_seed(1))
+    at_once = metrics.bootstrap(
+        lambda x: x.mean(-1), sample, draws=50, vectorised=True, generator=torch.Generator().manual_seed(1)
+    )
     one_by_one = metrics.bootstrap(lambda x: x.mean(), sample, draws=50, generator=torch.Generator().manual_seed(1))
     assert (at_once.low, at_once.high) == pytest.approx((one_by_one.low, one_by_one.high))
 

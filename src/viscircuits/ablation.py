@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from viscircuits.circuit import Circuit, Edge, Unit
 from viscircuits.errors import ImageError, ViscircuitsError
-from viscircuits.hooks import Tap, activations, evaluating, rewrite
+from viscircuits.hooks import Tap, activations, evaluating, rewrite, side_passes
 from viscircuits.images import ImageSet, batches
 from viscircuits.layers import Layer, along_units, by_unit
 from viscircuits.models import ModelSpec, as_spec
@@ -281,11 +281,12 @@ class _Replacing:
         images = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         self.busy = True
         try:
-            self._describe(images)
-            n_samples = min((len(kept) for kept in self.reference.samples.values()), default=0)
-            if n_samples:
-                self.draw = torch.randint(n_samples, (len(images),), generator=self.generator)
-            self.prepare(args, kwargs)
+            with side_passes():
+                self._describe(images)
+                n_samples = min((len(kept) for kept in self.reference.samples.values()), default=0)
+                if n_samples:
+                    self.draw = torch.randint(n_samples, (len(images),), generator=self.generator)
+                self.prepare(args, kwargs)
         finally:
             self.busy = False
 
@@ -340,16 +341,19 @@ class _EdgePruning(_Replacing):
             self.pruned.setdefault(edge.target.layer, {}).setdefault(edge.target.index, set()).add(edge.source)
         sources = {unit.layer for targets in self.pruned.values() for units in targets.values() for unit in units}
         super().__init__(model, dict.fromkeys(sources), ablation, reference, generator)
+        self.ordered: list[str] = []  # target layers in execution order
         self.recomputed: dict[str, Tap] = {}
         self.replacements: dict[str, Tensor] = {}
 
     def prepare(self, args: tuple, kwargs: dict) -> None:
         """Recompute the pruned targets, layer by layer from the input on."""
         images = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        found = describe_layers(as_spec(self.model), images, {*self.widths, *self.pruned})
-        self.layers.update({layer.address: layer for layer in found})
+        if not self.ordered:
+            found = describe_layers(as_spec(self.model), images, {*self.widths, *self.pruned})
+            self.layers.update({layer.address: layer for layer in found})
+            self.ordered = [layer.address for layer in found if layer.address in self.pruned]
         self.recomputed, self.replacements = {}, {}
-        for target in (layer.address for layer in found if layer.address in self.pruned):
+        for target in self.ordered:
             self.recomputed[target] = self._recompute(target, images)
 
     def _recompute(self, target: str, images: Tensor) -> Tap:

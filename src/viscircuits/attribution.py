@@ -110,6 +110,7 @@ def attribute(
     engines = choose(ENGINES, engine, "engine")
     if batch_size < 1:
         raise ViscircuitsError(f"batch size must be at least 1, got {batch_size}")
+    _refuse_iterators(images, reference)
     chain = find_layers(spec, images, layers)
     options = {"score": score, "summary": summary, "layers": [layer.address for layer in chain]}
     measured: list[Attributions] = []
@@ -122,8 +123,6 @@ def attribute(
             for batch in batches(each, spec.transform, batch_size):
                 values = activations(spec.model, [layer.address for layer in chain], batch.images)
                 sums.add(values, batch, score_of, summary_of, bar)
-        if sums.n_images == 0:
-            raise ImageError(f"the {what} set is empty: no image could be read")
         measured.append(sums.attributions(spec, options, each))
     concept = measured[0]
     if len(measured) == 1:
@@ -134,15 +133,22 @@ def attribute(
 
 def find_layers(spec: ModelSpec, images: Images, layers: Sequence[str] | None = None) -> list[Layer]:
     """Describe the layers to use, in execution order: those named, else the network's default ones."""
-    first = next(iter(batches(images, spec.transform, 1)), None)
-    if first is None:
-        raise ImageError("the image set is empty: no image could be read")
+    first = next(batches(images, spec.transform, 1))  # an empty set is an error there
     traced = trace(spec.model, first.images)
     addresses = layers or spec.layers or traced.default_layers()
     chain = resolve(spec.model, traced, addresses)
     if len(chain) < 2:
         raise LayerError(f"attribution needs at least two layers, got {', '.join(addresses)}")
     return chain
+
+
+def _refuse_iterators(*sets: Images | None) -> None:
+    for images in sets:
+        if isinstance(images, Iterator):
+            raise ImageError(
+                f"a {type(images).__name__} can be read only once, and layers have to be found first; "
+                "give a list of tensors or an image set"
+            )
 
 
 @dataclass
@@ -200,7 +206,7 @@ class _Sums:
 
     def _blocks(self, i: int, pair: tuple, score_of: Callable, summary_of: Callable) -> Iterator[loop.Block]:
         """Blocks of a pair's matrix from the first engine that knows every operation on the way."""
-        for engine in [self.taken[i]] if i in self.taken else self.engines:
+        for engine in self.engines[self.engines.index(self.taken.get(i, self.engines[0])) :]:
             try:
                 yield from ENGINE_BLOCKS[engine](*pair, score_of, summary_of)
             except structured.Unsupported as error:  # raised before the first block
@@ -228,6 +234,7 @@ class _Sums:
         provenance = {
             "model": spec.address,
             "weights": spec.weights_digest(),
+            "weights_from": spec.weights,
             **options,
             "engines": [self.taken[i] for i in range(len(self.pairs))],
             "images": describe(images, self.names, self.digests),
@@ -260,6 +267,6 @@ def versions() -> dict[str, str]:
 
 def _bar(images: Images, chain: list[Layer], what: str, progress: bool) -> tqdm:
     """A progress bar over images × targets, shown only if the work takes more than two seconds."""
-    count = len(images) if isinstance(images, Tensor) else getattr(images, "count", None)
+    count = len(images) if isinstance(images, Tensor) else images.count if isinstance(images, ImageSet) else None
     total = None if count is None else count * sum(layer.n_units for layer in chain[1:])
     return tqdm(total=total, desc=f"attribution, {what}", unit="row", unit_scale=True, delay=2, disable=not progress)

@@ -22,10 +22,10 @@ from tqdm import tqdm
 from viscircuits.ablation import measure
 from viscircuits.attribution import attribute, describe, find_layers, versions
 from viscircuits.bundle import Bundle
-from viscircuits.circuit import Circuit
+from viscircuits.circuit import Circuit, Unit
 from viscircuits.editing import Edited, edit
 from viscircuits.errors import FileFormatError, ImageError, ModelError, ViscircuitsError
-from viscircuits.evaluation import Evaluation, LabelSource, evaluate
+from viscircuits.evaluation import LabelSource, evaluate, find_labels
 from viscircuits.exemplars import Exemplar, exemplars
 from viscircuits.images import ImageSet, Source, batches, open_images, split
 from viscircuits.matrices import CONTRASTS, Attributions
@@ -57,6 +57,8 @@ def discover(
     draws: int = 5,
     edge_fractions: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
     n_pictures: int = 4,
+    n_pictured: int = 12,
+    title: str | None = None,
     batch_size: int = 8,
     seed: int = 0,
     strict: bool = False,
@@ -98,6 +100,10 @@ def discover(
         As for `evaluate`.
     n_pictures
         Image regions shown for each unit; 0 for none.
+    n_pictured
+        Units of each layer that get pictures: those with the highest scores.
+    title
+        The concept's name; by default that of the folder or file.
     batch_size
         Images per forward pass.
     seed
@@ -134,6 +140,7 @@ def discover(
         untested = open_images(others, strict=strict)
     chain = find_layers(spec, concept, layers)
     units_per_layer({layer.address: layer.n_units for layer in chain}, units)
+    find_labels(spec, [tested] if untested is None else [tested, untested], labels)  # a mistake shows before the work
     options = {"score": score, "summary": summary, "layers": [layer.address for layer in chain]}
     attributions = _saved(out, spec, options, concept, background) or attribute(
         spec, concept, options["layers"], reference=background, score=score, summary=summary,
@@ -154,8 +161,8 @@ def discover(
         progress=progress,
     )  # fmt: skip
     axes = {layer.address: layer.unit_axis for layer in chain}
-    pictures = _pictures(spec, circuit, concept, axes, n_pictures, batch_size, progress)
-    bundle = Bundle(circuit, attributions, evaluation, pictures, concept_name(images), command)
+    pictures = _pictures(spec, strongest(circuit, n_pictured), concept, axes, n_pictures, batch_size, progress)
+    bundle = Bundle(circuit, attributions, evaluation, pictures, title or concept_name(images), command)
     if out is not None:
         bundle.save(out)
     return bundle
@@ -166,6 +173,16 @@ def concept_name(images: Source) -> str:
     if isinstance(images, ImageSet):
         images = images.address
     return Path(str(images).split(",")[0]).stem.removeprefix("render:") if isinstance(images, str | Path) else "concept"
+
+
+def strongest(circuit: Circuit, n: int) -> list[Unit]:
+    """The `n` units of each layer with the highest scores, in the circuit's order."""
+    found = []
+    for layer, indices in circuit.units.items():
+        scores = circuit.scores.get(layer) or (0.0,) * len(indices)
+        ranked = sorted(zip(indices, scores, strict=True), key=lambda pair: -pair[1])[:n]
+        found += [Unit(layer, index) for index in sorted(index for index, _ in ranked)]
+    return found
 
 
 def evaluate_again(
@@ -332,6 +349,7 @@ def _saved(
     expected = {
         "model": spec.address,
         "weights": spec.weights_digest(),
+        "weights_from": spec.weights,
         **options,
         "images": _described(spec, concept),
         "versions": versions(),
@@ -352,8 +370,8 @@ def _described(spec: ModelSpec, images: ImageSet) -> dict[str, Any]:
 
 
 def _pictures(
-    spec: ModelSpec, circuit: Circuit, images: ImageSet, axes: dict[str, int], n: int, batch_size: int, progress: bool
-) -> dict[Any, list[Exemplar]]:
+    spec: ModelSpec, units: list[Unit], images: ImageSet, axes: dict[str, int], n: int, batch_size: int, progress: bool
+) -> dict[Unit, list[Exemplar]]:
     if not n or spec.transform is None:
         return {}
 
@@ -361,5 +379,5 @@ def _pictures(
         return tqdm(stream, desc="pictures", delay=2, disable=not progress)
 
     return exemplars(
-        spec.model, list(circuit), images, spec.transform, n=n, batch_size=batch_size, unit_axes=axes, progress=watch
+        spec.model, units, images, spec.transform, n=n, batch_size=batch_size, unit_axes=axes, progress=watch
     )

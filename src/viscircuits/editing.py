@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from viscircuits.ablation import Statistics, ablate, describe_layers
+from viscircuits.ablation import ABLATIONS, Statistics, ablate, describe_layers
 from viscircuits.circuit import Circuit
 from viscircuits.errors import ModelError, ViscircuitsError
 from viscircuits.files import write_atomically
@@ -29,11 +30,13 @@ from viscircuits.gates import insert_gates
 from viscircuits.hooks import evaluating, forward
 from viscircuits.layers import Layer
 from viscircuits.models import ModelSpec, as_spec
+from viscircuits.scores.formulas import choose
 from viscircuits.tracing import Operation, Trace, trace
 
 TOLERANCE = 1e-4  # of the largest output, for the rounding of a folded layer against a replaced one
 
 Constants = dict[int, float]  # unit index → the constant it becomes
+Plan = list[tuple[str, str | None, Constants]]  # weight and bias that make units, and what these become
 
 
 @dataclass(frozen=True)
@@ -78,28 +81,24 @@ class Edited:
         Raises
         ------
         ViscircuitsError
-            If the onnx extra is not installed, or the exported network differs.
+            If the onnx extra is not installed, or the network cannot be exported or differs then;
+            nothing is written.
         """
         try:
             import onnx  # noqa: F401
             import onnxruntime
             import onnxscript  # noqa: F401
         except ImportError as error:
-            raise ViscircuitsError(
-                f"ONNX export needs {error.name}: pip install 'viscircuits[onnx]'"
-            ) from error
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+            raise ViscircuitsError(f"ONNX export needs {error.name}: pip install 'viscircuits[onnx]'") from error
+        images = images.to(next((p for p in self.model.parameters() if p.is_floating_point()), images))
         with evaluating(self.model), torch.no_grad():
             expected = forward(self.model, images)
-            batch = torch.export.Dim("image", min=1)
-            torch.onnx.export(
-                self.model, (images,), str(path), dynamo=True, external_data=False, verbose=False,
-                input_names=["images"], output_names=["outputs"], dynamic_shapes=({0: batch},),
-            )  # fmt: skip
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        (given,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})[:1]
-        return _check(torch.from_numpy(given), expected, "the ONNX export", "the network", 1e-3)
+            content = _as_onnx(self.model, images)
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        (given,) = session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})[:1]
+        difference = _check(torch.from_numpy(given), expected.cpu(), "the ONNX export", "the network", 1e-3)
+        write_atomically(Path(path), content)
+        return difference
 
 
 def edit(
@@ -132,8 +131,11 @@ def edit(
     LayerError
         If a layer of the circuit is one call of several, where no weights can tell the calls apart.
     """
+    choose(ABLATIONS, ablation, "ablation")
     if ablation not in ("zero", "mean"):
-        raise ViscircuitsError(f"{ablation!r} ablation draws anew for each image, which no weights can; use zero or mean")
+        raise ViscircuitsError(
+            f"{ablation!r} ablation draws anew for each image, which no weights can; use zero or mean"
+        )
     spec = as_spec(model)
     with evaluating(spec.model), torch.no_grad(), ablate(spec, circuit, ablation, reference=reference):
         expected = forward(spec.model, images)
@@ -163,16 +165,19 @@ def _remove(
     model: nn.Module, traced: Trace, layers: list[Layer], constants: Mapping[str, Constants], fold: bool
 ) -> tuple[nn.Module, tuple[str, ...], dict[str, dict[str, int]]]:
     new = copy.deepcopy(model).eval()
-    weights = dict(new.named_parameters())
-    plans: dict[str, list[tuple[str, Constants]]] = {}
+    weights = {
+        **dict(new.named_parameters(remove_duplicate=False)),
+        **dict(new.named_buffers(remove_duplicate=False)),
+    }
+    plans: dict[str, Plan] = {}
     for layer in layers:
         plan = _plan(traced, traced.value(layer.address), constants[layer.address], first=True) if fold else None
         if plan is not None:
             plans[layer.address] = plan
     with torch.no_grad():
         for plan in plans.values():
-            for prefix, units in plan:
-                _make_constant(weights, prefix, units)
+            for weight, bias, units in plan:
+                _make_constant(weights[weight], None if bias is None else weights[bias], units)
     gates = {
         layer.address: {"n_units": layer.n_units, "unit_axis": layer.unit_axis}
         for layer in layers
@@ -185,8 +190,8 @@ def _remove(
     return new, tuple(plans), gates
 
 
-def _plan(traced: Trace, value: int, units: Constants, *, first: bool = False) -> list[tuple[str, Constants]] | None:
-    """Which weights make these units, as (module name, units), or None if no weights alone do."""
+def _plan(traced: Trace, value: int, units: Constants, *, first: bool = False) -> Plan | None:
+    """Which weights make these units, or None if no weights alone do."""
     operation = traced.producers.get(value)
     if operation is None or (not first and len(traced.consumers(value)) != 1):
         return None
@@ -200,9 +205,9 @@ def _plan(traced: Trace, value: int, units: Constants, *, first: bool = False) -
     return _plan_weights(traced, operation, units)
 
 
-def _plan_pieces(traced: Trace, operation: Operation, units: Constants) -> list[tuple[str, Constants]] | None:
+def _plan_pieces(traced: Trace, operation: Operation, units: Constants) -> Plan | None:
     axis = traced.axes[operation.output]
-    plan: list[tuple[str, Constants]] = []
+    plan: Plan = []
     start = 0
     for piece in operation.inputs:
         stop = start + traced.shapes[piece][axis]
@@ -212,25 +217,25 @@ def _plan_pieces(traced: Trace, operation: Operation, units: Constants) -> list[
             return None
         plan += part
         start = stop
-    return plan
+    joins_units = start == traced.shapes[operation.output][axis]  # and not, say, tokens
+    return plan if joins_units else None
 
 
-def _plan_weights(traced: Trace, operation: Operation, units: Constants) -> list[tuple[str, Constants]] | None:
+def _plan_weights(traced: Trace, operation: Operation, units: Constants) -> Plan | None:
     if operation.name not in ("batch_norm", "linear", "conv1d", "conv2d", "conv3d"):
         return None
-    names = {name.rpartition(".")[2]: name.rpartition(".")[0] for name in operation.weights}
+    names = {name.rpartition(".")[2]: name for name in operation.weights}
     uses = sum(bool(set(operation.weights) & set(other.weights)) for other in traced.producers.values())
     if "weight" not in names or uses != 1:
         return None
     if "bias" not in names and any(constant != 0 for constant in units.values()):
         return None
-    return [(names["weight"], units)]
+    return [(names["weight"], names.get("bias"), units)]
 
 
-def _make_constant(weights: Mapping[str, nn.Parameter], prefix: str, units: Constants) -> None:
-    bias = weights.get(f"{prefix}.bias")
+def _make_constant(weight: Tensor, bias: Tensor | None, units: Constants) -> None:
     for index, constant in units.items():
-        weights[f"{prefix}.weight"][index] = 0
+        weight[index] = 0
         if bias is not None:
             bias[index] = constant
 
@@ -254,6 +259,21 @@ _PASSES_ON = {
     **dict.fromkeys(("gelu", "silu", "silu_", "hardswish", "hardswish_", "leaky_relu", "leaky_relu_"), (0.0, 0.0)),
     **dict.fromkeys(("elu", "elu_", "selu", "mish", "tanh"), (0.0, 0.0)),
 }
+
+
+def _as_onnx(model: nn.Module, images: Tensor) -> bytes:
+    """The network as an ONNX file's content, for any number of images."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        try:
+            torch.onnx.export(
+                model, (images,), str(path), dynamo=True, external_data=False, verbose=False,
+                input_names=["images"], output_names=["outputs"],
+                dynamic_shapes=({0: torch.export.Dim("image", min=1)},),
+            )  # fmt: skip
+        except torch.onnx.OnnxExporterError as error:
+            raise ModelError(f"torch cannot export {type(model).__name__} as ONNX: {error}") from error
+        return path.read_bytes()
 
 
 def _relative(given: Tensor, expected: Tensor) -> float:

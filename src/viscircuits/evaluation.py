@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,14 +176,14 @@ def evaluate(
     Marks et al. 2024, arXiv:2403.19647 (faithfulness, completeness).
     """
     spec = as_spec(model)
-    if draws < 1:
-        raise ViscircuitsError(f"at least one random circuit is needed as a control, got draws={draws}")
+    _check_options(draws, (*unit_fractions, *edge_fractions), (concept, others))
+    edge_fractions = sorted(edge_fractions)
     statistics = _statistics(spec, circuit, concept, reference, batch_size, progress)
     circuits = _with_controls(spec, circuit, attributions, concept, draws, seed)
     edges = _edge_orders(circuit, edge_layers, seed) if edge_fractions else {}
     conditions = _conditions(spec, circuit, circuits, edges, unit_fractions, edge_fractions, ablation, statistics, seed)
     sets = {"concept": concept} if others is None else {"concept": concept, "others": others}
-    class_of = _labelling(spec, sets, labels)
+    class_of = find_labels(spec, sets.values(), labels)
     outcomes: dict[str, dict[Key, Measures]] = {}
     described: dict[str, Any] = {}
     for name, images in sets.items():
@@ -212,6 +212,16 @@ def evaluate(
             "edge_curve": _edge_curve(report, edges, edge_fractions, first),
         }
     )
+
+
+def _check_options(draws: int, fractions: Iterable[float], sets: Iterable[Images | None]) -> None:
+    if draws < 1:
+        raise ViscircuitsError(f"at least one random circuit is needed as a control, got draws={draws}")
+    outside = [fraction for fraction in fractions if not 0 < fraction <= 1]
+    if outside:
+        raise ViscircuitsError(f"the curves are over fractions above 0, up to 1; got {outside[0]}")
+    if any(isinstance(images, Iterator) for images in sets):
+        raise ImageError("these images can be read only once; give a list of tensors, one tensor or an image set")
 
 
 # ------------------------------------------------------------------ conditions
@@ -256,8 +266,8 @@ def _with_controls(
 
 def _edge_orders(circuit: Circuit, layers: tuple[str, str] | None, seed: int) -> dict[str, list[Edge]]:
     """The edges between two layers of the circuit, in the orders in which they are pruned."""
-    source, target = layers or circuit.layers[:2]
-    edges = list(circuit.edges_between(source, target))
+    pair = layers or circuit.layers[:2]
+    edges = list(circuit.edges_between(*pair)) if len(pair) == 2 else []
     if not edges:
         return {}
     order = torch.randperm(len(edges), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -291,11 +301,19 @@ def _conditions(
     for name, drawn in circuits.items():
         for draw, each in enumerate(drawn):
             for fraction in sorted({*unit_fractions, 1.0}):
-                conditions[_key(name, draw, fraction)] = removing(shrink(each, fraction))
+                conditions[_key(name, draw, fraction)] = removing(_best_part(each, fraction))
     for name, ordered in edges.items():
         for fraction in edge_fractions:
-            conditions["edges", name, str(fraction)] = pruning(ordered[: math.ceil(fraction * len(ordered))])
+            conditions["edges", name, str(fraction)] = pruning(ordered[: _share(fraction, len(ordered))])
     return conditions
+
+
+def _best_part(circuit: Circuit, fraction: float) -> Circuit:
+    return circuit if fraction == 1 else shrink(circuit, fraction)  # a whole circuit needs no scores
+
+
+def _share(fraction: float, n: int) -> int:
+    return math.ceil(fraction * n - 1e-9)  # the slack keeps 0.07 · 100 = 7.000000000000001 at 7
 
 
 def _key(name: str, draw: int, fraction: float) -> Key:
@@ -309,20 +327,39 @@ def _keys(name: str, drawn: Sequence[Circuit], fraction: float) -> list[Key]:
 # ------------------------------------------------------------------ labels
 
 
-def _labelling(spec: ModelSpec, sets: Mapping[str, Images], labels: LabelSource | None) -> ClassOf | None:
-    """How to know the classes of a batch, or None where nothing says them."""
+def find_labels(spec: ModelSpec, sets: Iterable[Images], labels: LabelSource | None) -> ClassOf | None:
+    """How to know the classes of a batch, or None where nothing says them.
+
+    Raises
+    ------
+    ViscircuitsError
+        If a label fits no class or several, or only some pictures have one.
+    """
     if labels is None or spec.outputs == "embedding":
         return None
     table = None if labels == "auto" else labels
-    pictures = [pair for images in sets.values() for pair in _named(spec, images)]
+    pictures = [pair for images in sets for pair in _named(spec, images)]
     if not pictures:
         return None
     names, given = zip(*pictures, strict=True)
-    if match_labels(names, given, spec.classes, table=table).n_matched == 0:
+    found = match_labels(names, given, spec.classes, table=table)
+    if found.n_matched == 0:
         return None
+    known = dict(zip(pictures, found.indices, strict=True))
 
     def class_of(batch: Batch) -> Tensor:
-        return torch.tensor(match_labels(batch.names, batch.labels, spec.classes, table=table).indices)
+        pairs = list(zip(batch.names, batch.labels, strict=True))
+        new = [pair for pair in pairs if pair not in known]  # further on in a stream
+        if new:
+            matched = match_labels(*zip(*new, strict=True), spec.classes, table=table, partly=True)
+            known.update(zip(new, matched.indices, strict=True))
+        unlabelled = [name for name, label in pairs if known[name, label] is None]
+        if unlabelled:
+            raise ViscircuitsError(
+                f"picture {unlabelled[0]!r} has no class of the model, though others have; "
+                "label all of them (--labels FILE) or none (--labels none)"
+            )
+        return torch.tensor([known[pair] for pair in pairs])
 
     return class_of
 
@@ -366,6 +403,8 @@ def _run(
                 continue
             known = None if class_of is None else class_of(batch)
             full = forward(spec.model, batch.images).float().cpu()
+            if known is not None and int(known.max()) >= full.shape[1]:
+                raise ViscircuitsError(f"label {int(known.max())} is none of the network's {full.shape[1]} outputs, from 0")
             for key, opener in conditions.items():
                 with opener():
                     outputs = full if key == ("baseline",) else forward(spec.model, batch.images).float().cpu()
@@ -430,7 +469,7 @@ class _Report:
     def behaviour(self, keys: Sequence[Key]) -> dict[str, Any]:
         """Every measure on each set of images."""
         return {
-            images: {m: self._interval(torch.mean, self.of(images, keys, m)) for m in outcome[keys[0]]}
+            images: {m: self._interval(_mean, self.of(images, keys, m), vectorised=True) for m in outcome[keys[0]]}
             for images, outcome in self.outcomes.items()
         }
 
@@ -445,7 +484,7 @@ class _Report:
             self.of(images, [("baseline",)], self.measure) - self.of(images, keys, self.measure)
             for images in ("concept", "others")
         ]
-        return self._interval(lambda concept, others: concept.mean() - others.mean(), *falls)
+        return self._interval(lambda concept, others: concept.mean(-1) - others.mean(-1), *falls, vectorised=True)
 
     def ratio(self, statistic: Callable[..., float], key: Key) -> dict[str, float] | None:
         """Faithfulness or completeness; None where ablating everything changes nothing."""
@@ -455,10 +494,14 @@ class _Report:
             return None
         return self._interval(statistic, *samples, paired=True)
 
-    def _interval(self, statistic: Callable, *samples: Tensor, paired: bool = False) -> dict[str, float]:
+    def _interval(self, statistic: Callable, *samples: Tensor, **how: bool) -> dict[str, float]:
         generator = torch.Generator().manual_seed(self.seed)
-        found = bootstrap(statistic, *samples, draws=N_BOOTSTRAP, paired=paired, generator=generator)
+        found = bootstrap(statistic, *samples, draws=N_BOOTSTRAP, generator=generator, **how)
         return {"value": found.value, "low": found.low, "high": found.high}
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.mean(-1)
 
 
 def _unit_curve(
@@ -468,7 +511,7 @@ def _unit_curve(
     circuit = circuits["circuit"][0]
     return {
         "x": x,
-        "n_units": [0, *(shrink(circuit, fraction).n_units for fraction in x[1:])],
+        "n_units": [0, *(_best_part(circuit, fraction).n_units for fraction in x[1:])],
         "series": [_series(report, name, [_keys(name, drawn, f) for f in x[1:]]) for name, drawn in circuits.items()],
     }
 
@@ -482,7 +525,7 @@ def _edge_curve(
         "source": ordered[0].source.layer,
         "target": ordered[0].target.layer,
         "x": [0.0, *map(float, fractions)],
-        "n_edges": [0, *(math.ceil(fraction * len(ordered)) for fraction in fractions)],
+        "n_edges": [0, *(_share(fraction, len(ordered)) for fraction in fractions)],
         "series": [_series(report, name, [[("edges", name, str(f))] for f in fractions]) for name in edges],
     }
 

@@ -194,7 +194,7 @@ class _Stream:
 
 
 def _strongest_images(
-    model: nn.Module, wanted: Mapping[str, list[int]], stream: Iterable[Batch], n: int, unit_axes: Mapping[str, int]
+    model: nn.Module, wanted: Mapping[str, list[int]], stream: Iterable[Any], n: int, unit_axes: Mapping[str, int]
 ) -> dict[Unit, list[int]]:
     best: dict[str, Tensor] = {}
     n_seen = 0

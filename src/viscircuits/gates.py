@@ -29,7 +29,26 @@ class UnitGate(nn.Module):
 
     def forward(self, values: Float[Tensor, "image *axes"]) -> Float[Tensor, "image *axes"]:
         """Gate every unit."""
-        return values * along_units(self.scale, values, self.unit_axis) + along_units(self.shift, values, self.unit_axis)
+        scale, shift = (along_units(each, values, self.unit_axis) for each in (self.scale, self.shift))
+        return values * scale + shift
+
+
+class Gated(nn.Sequential):
+    """A module with a gate behind it, or before it; called as the module alone is."""
+
+    def __init__(self, *pair: nn.Module, gate_first: bool) -> None:
+        super().__init__(*pair)
+        self.gate_first = gate_first
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run both; a gate before the module sees the tensor that the module reads first."""
+        first, second = self
+        if not self.gate_first:
+            return second(first(*args, **kwargs))
+        if args:
+            return second(first(args[0]), *args[1:], **kwargs)
+        key = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
+        return second(**{**kwargs, key: first(kwargs[key])})
 
 
 def insert_gates(model: nn.Module, gates: Mapping[str, Mapping[str, Any]]) -> dict[str, UnitGate]:
@@ -61,9 +80,16 @@ def insert_gates(model: nn.Module, gates: Mapping[str, Mapping[str, Any]]) -> di
         gate = UnitGate(**gates[text]).to(_device_and_dtype(model))
         parent, _, name = address.name.rpartition(".")
         pair = (gate, module) if address.input else (module, gate)
-        setattr(model.get_submodule(parent), name, nn.Sequential(*pair).train(module.training))
+        gated = Gated(*pair, gate_first=address.input).train(module.training)
+        setattr(model.get_submodule(parent), name, gated)
         made[text] = gate
     return made
+
+
+def ungated(module: nn.Module) -> nn.Module:
+    """The module a gate was put behind, or the module itself."""
+    gated = isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], UnitGate)
+    return module[0] if gated else module  # type: ignore[index]
 
 
 def _device_and_dtype(model: nn.Module) -> Tensor:

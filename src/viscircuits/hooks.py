@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 from viscircuits.errors import LayerError, ModelError, ViscircuitsError, closest
 from viscircuits.layers import Address, parse_address
+
+_depth: ContextVar[int] = ContextVar("depth", default=0)  # forward passes that run inside another one's start
 
 Tap = Callable[[Tensor], Tensor]
 Before = Callable[[tuple, dict], None]
@@ -52,7 +55,7 @@ def record(model: nn.Module, addresses: Iterable[str]) -> Iterator[dict[str, Ten
 
         return keep
 
-    with _tapped(model, {address: tap(address) for address in addresses}):
+    with _tapped(model, {address: tap(address) for address in addresses}, observing=True):
         yield values
 
 
@@ -106,7 +109,7 @@ def activations(
         return keep
 
     try:
-        with _tapped(model, {address: tap(address) for address in addresses}):
+        with _tapped(model, {address: tap(address) for address in addresses}, observing=True):
             forward(model, images)
     except _Reached:
         pass
@@ -136,6 +139,21 @@ def forward(model: nn.Module, images: Float[Tensor, "image *axes"]) -> Tensor:
 
 
 @contextmanager
+def side_passes() -> Iterator[None]:
+    """Mark the forward passes made inside as another pass's preparation: observers opened before skip them."""
+    token = _depth.set(_depth.get() + 1)
+    try:
+        yield
+    finally:
+        _depth.reset(token)
+
+
+def pass_depth() -> int:
+    """How many forward passes the present one was made for: 0 for the caller's own."""
+    return _depth.get()
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the network in evaluation mode, and each module back as it was afterwards."""
     training = [module for module in model.modules() if module.training]
@@ -155,14 +173,17 @@ def watch_calls(
 ) -> Iterator[None]:
     """Be told of each module's call, with its arguments, and of its return, with its output."""
     _refuse_compiled(model)
+    depth = pass_depth()
     with ExitStack() as stack:
         for name, module in model.named_modules():
 
             def entering(module, args, kwargs, name=name):
-                before(name, module, args, kwargs)
+                if pass_depth() == depth:
+                    before(name, module, args, kwargs)
 
             def leaving(module, args, output, name=name):
-                after(name, module, output)
+                if pass_depth() == depth:
+                    after(name, module, output)
 
             stack.callback(module.register_forward_pre_hook(entering, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(leaving).remove)
@@ -196,10 +217,12 @@ def submodule(model: nn.Module, address: Address) -> nn.Module:
 
 
 @contextmanager
-def _tapped(model: nn.Module, taps: Mapping[str, Tap], before: Before | None = None) -> Iterator[None]:
+def _tapped(
+    model: nn.Module, taps: Mapping[str, Tap], before: Before | None = None, observing: bool = False
+) -> Iterator[None]:
     _refuse_compiled(model)
     parsed = {parse_address(text): tap for text, tap in taps.items()}
-    counter = _Counter(parsed)
+    counter = _Counter(parsed, observing)
     by_module: dict[nn.Module, dict[Address, Tap]] = {}
     for address, tap in parsed.items():
         by_module.setdefault(submodule(model, address), {})[address] = tap
@@ -237,17 +260,27 @@ def _refuse_compiled(model: nn.Module) -> None:
 
 
 class _Counter:
-    """How many times each address's module has run in the present forward pass."""
+    """How many times each address's module has run in the present forward pass.
 
-    def __init__(self, addresses: Iterable[Address]) -> None:
-        self.calls = dict.fromkeys(addresses, 0)
+    Passes that run inside the start of another count for themselves, and those who only observe
+    do not see the passes that others make.
+    """
+
+    def __init__(self, addresses: Iterable[Address], observing: bool) -> None:
+        self.addresses = tuple(addresses)
+        self.calls: dict[int, dict[Address, int]] = {}
+        self.only = _depth.get() if observing else None
 
     def start(self) -> None:
-        self.calls = dict.fromkeys(self.calls, 0)
+        self.calls[_depth.get()] = dict.fromkeys(self.addresses, 0)
 
     def is_meant(self, address: Address) -> bool:
-        call = self.calls[address]
-        self.calls[address] = call + 1
+        depth = _depth.get()
+        if self.only not in (None, depth):
+            return False
+        calls = self.calls.setdefault(depth, dict.fromkeys(self.addresses, 0))
+        call = calls[address]
+        calls[address] = call + 1
         if address.call is None and call:
             raise LayerError(
                 f"layer {address.text!r} runs more than once in a forward pass; "
@@ -257,7 +290,9 @@ class _Counter:
 
     def check(self) -> None:
         """Once the forward pass is over: every address must have been reached."""
-        for address, calls in self.calls.items():
+        if self.only not in (None, _depth.get()):
+            return
+        for address, calls in self.calls.get(_depth.get(), {}).items():
             if calls == 0:
                 raise LayerError(
                     f"layer {address.text!r} never runs: its parent uses its weights directly (fused attention does) "

@@ -7,7 +7,7 @@ kept in a safetensors file, and selected from many times.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,27 @@ class Attributions:
         """Layer address → number of units."""
         first = self.matrices[0]
         return {first.source: first.values.shape[1], **{m.target: m.values.shape[0] for m in self.matrices}}
+
+    def between(self, layers: Sequence[str]) -> Attributions:
+        """The matrices between these layers only, which must be neighbours here.
+
+        Raises
+        ------
+        ViscircuitsError
+            If they are not a run of at least two neighbouring layers.
+        """
+        start = self.layers.index(layers[0]) if layers and layers[0] in self.layers else 0
+        if len(layers) < 2 or self.layers[start : start + len(layers)] != tuple(layers):
+            raise ViscircuitsError(
+                f"{', '.join(layers)} are no run of neighbouring layers here; there are {', '.join(self.layers)}"
+            )
+        return replace(
+            self,
+            matrices=self.matrices[start : start + len(layers) - 1],
+            activity={layer: self.activity[layer] for layer in layers},
+            provenance={**self.provenance, "layers": list(layers)},
+            reference=self.reference and self.reference.between(layers),
+        )
 
     def contrast(self, how: str) -> Attributions:
         """Set the concept's attribution against the reference's.

@@ -324,6 +324,7 @@ def bootstrap(
     draws: int = 1000,
     level: float = 0.95,
     paired: bool = False,
+    vectorised: bool = False,
     generator: torch.Generator | None = None,
 ) -> Interval:
     """Put a percentile interval around a statistic by drawing images again, with replacement.
@@ -331,8 +332,7 @@ def bootstrap(
     Parameters
     ----------
     statistic
-        Takes the samples and returns one number. `torch.mean` of one sample is computed for all
-        draws at once.
+        Takes the samples and returns one number.
     samples
         Tensors whose first axis is the image.
     draws
@@ -341,6 +341,9 @@ def bootstrap(
         Share of the draws inside the interval.
     paired
         Whether the samples are measurements of the same images: then one draw serves them all.
+    vectorised
+        Whether `statistic` reduces the last axis of one-dimensional samples whatever stands
+        before it: then all draws are computed at once.
     generator
         Source of randomness, on the CPU; by default one seeded with 0.
 
@@ -357,8 +360,9 @@ def bootstrap(
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     picks = [_draw(len(sample), draws, generator) for sample in (samples[:1] if paired else samples)]
     picks = picks * len(samples) if paired else picks
-    if statistic is torch.mean and len(samples) == 1 and samples[0].ndim == 1:
-        values = samples[0].double()[picks[0]].mean(1)  # (draw,)
+    if vectorised:
+        drawn = (sample.double()[pick] for sample, pick in zip(samples, picks, strict=True))  # (draw, image)
+        values = torch.as_tensor(statistic(*drawn))  # (draw,)
     else:
         values = torch.tensor(
             [

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from viscircuits.errors import LayerError
-from viscircuits.hooks import evaluating, forward, submodule, watch_calls
+from viscircuits.hooks import evaluating, forward, pass_depth, submodule, watch_calls
 from viscircuits.layers import Layer, parse_address
 
 N_IMAGES = 2  # two, so that an image axis can be told from a unit axis of size one
@@ -286,9 +286,12 @@ class _Recorder(TorchFunctionMode):
         self.weights.update({id(b): name for name, b in model.named_buffers(remove_duplicate=False)})
         self.open: list[tuple[str, tuple[int, ...]]] = []
         self.counts: dict[str, int] = {}
+        self.depth = pass_depth()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if pass_depth() != self.depth:  # a pass that another context makes for itself
+            return func(*args, **kwargs)
         given = [t for t in _tensors((args, kwargs))]
         inputs = tuple(self._number(t) for t in given if id(t) not in self.weights)
         weights = tuple(self.weights[id(t)] for t in given if id(t) in self.weights)

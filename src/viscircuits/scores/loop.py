@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from viscircuits.errors import LayerError
 from viscircuits.layers import Layer, by_unit
 from viscircuits.scores.formulas import signed
 
@@ -25,11 +26,28 @@ def blocks(
 
     `source` and `target` are recorded in one forward pass with gradients. Images do not see one
     another, so the gradient of the sum over images holds each image's own gradient.
+
+    Raises
+    ------
+    LayerError
+        If no gradient flows from the target to the source.
     """
     activation = by_unit(source.detach(), source_layer.unit_axis).float()  # (image, source, position)
-    summaries = [summary(each) for each in by_unit(target, target_layer.unit_axis).float().unbind(dim=1)]
-    for n, s in enumerate(summaries):  # s: (image,)
-        (gradient,) = torch.autograd.grad(s.sum(), source, retain_graph=True, materialize_grads=True)
+    maps = by_unit(target, target_layer.unit_axis).float()  # (image, target, position)
+    for n in range(target_layer.n_units):
+        s = summary(maps[:, n])  # (image,)
+        gradient = _gradient(s.sum(), source)
+        if gradient is None:
+            raise LayerError(
+                f"no gradient flows from layer {target_layer.address!r} back to {source_layer.address!r}: the network "
+                "detaches or rounds what lies between them, or runs it under torch.no_grad; choose other layers"
+            )
         gradient = by_unit(gradient, source_layer.unit_axis).float()  # (image, source, position)
         row = score(activation, gradient), signed(activation, gradient)
         yield slice(n, n + 1), row[0].unsqueeze(1), row[1].unsqueeze(1)
+
+
+def _gradient(s: Tensor, source: Tensor) -> Tensor | None:
+    if not (s.requires_grad and source.requires_grad):
+        return None
+    return torch.autograd.grad(s, source, retain_graph=True, allow_unused=True)[0]

@@ -31,6 +31,7 @@ from viscircuits.scores.formulas import cla, grad_x_act, gradient_only, signed
 from viscircuits.scores.loop import Block, Score, Summary
 
 CHUNK_BYTES = 64 * 2**20
+N_REHEARSED = 4
 
 
 class Unsupported(Exception):
@@ -84,13 +85,15 @@ def blocks(
         Before anything is yielded, if the way between the layers holds an operation without a rule.
     """
     if source.ndim != 4 or target.ndim != 4 or source_layer.unit_axis != 1 or target_layer.unit_axis != 1:
-        raise Unsupported("only maps of shape (image, unit, height, width)")
+        raise Unsupported("tokens or vectors (it knows maps of shape (image, unit, height, width))")
+    if not (source.requires_grad and target.requires_grad):
+        raise Unsupported("a way that no gradient takes")
     graph = _Graph(source, target)
     maps = _own_gradients(target, summary)  # (image, target, height, width)
     with torch.no_grad():
-        graph.pull(_start(maps, slice(0, 1)))  # one target alone: finds unknown operations, measures memory
+        graph.rehearse(maps)
         activation = source.detach().flatten(2).float()  # (image, source, position)
-        step = max(1, chunk_bytes // max(graph.most_bytes, 1))
+        step = max(1, chunk_bytes // max(graph.row_bytes, 1))
         for first in range(0, maps.shape[1], step):
             chunk = slice(first, min(first + step, maps.shape[1]))
             cotangent = graph.pull(_start(maps, chunk))
@@ -122,7 +125,9 @@ class _Graph:
         self.start = get_gradient_edge(target).node
         self.order = self._between()
         self.slopes: dict[Node, Tensor] = {}
-        self.most_bytes = 0
+        self.row_bytes = 0  # the most that one target takes up on the way
+        if not self.order:
+            raise Unsupported("a way that no gradient takes")
 
     def _between(self) -> list[Node]:
         """Nodes on a path from target to source, each before the nodes it passes cotangents to."""
@@ -142,6 +147,17 @@ class _Graph:
                 stack += [(n, False) for n in following if n not in leads]
         self.leads = leads
         return order[::-1]
+
+    def rehearse(self, maps: Tensor) -> None:
+        """Go every way once, so that what is not known here is found now, and measure the memory it takes.
+
+        A dense cotangent goes down every branch of a concatenation; a few single targets, spread
+        over the branches, show how much of it stays in the smaller forms.
+        """
+        self.pull(Dense(maps[:, None], torch.zeros(1, dtype=torch.long, device=maps.device)))
+        self.row_bytes = 0
+        for n in range(0, maps.shape[1], max(1, maps.shape[1] // N_REHEARSED)):
+            self.pull(_start(maps, slice(n, n + 1)))
 
     def pull(self, cotangent: Cotangent) -> Cotangent | None:
         """Carry a cotangent of the target back to the source; None if no path reaches it."""
@@ -171,7 +187,8 @@ class _Graph:
         return self.slopes[node]
 
     def _measure(self, cotangent: Cotangent) -> None:
-        self.most_bytes = max(self.most_bytes, 3 * cotangent.maps.numel() * cotangent.maps.element_size())
+        n_bytes = 3 * cotangent.maps.numel() * cotangent.maps.element_size()
+        self.row_bytes = max(self.row_bytes, n_bytes // len(cotangent.rows))
 
 
 def shape_of(node: Node) -> tuple[int, ...]:
@@ -238,7 +255,7 @@ def _add_inputs(graph: _Graph, node: Any, cotangent: Cotangent) -> list[Cotangen
     return [cotangent, _scaled(cotangent, node._saved_alpha)]
 
 
-def _scaled(cotangent: Cotangent, factor: float) -> Cotangent:
+def _scaled(cotangent: Cotangent, factor: int | float) -> Cotangent:
     if factor == 1:
         return cotangent
     return type(cotangent)(**{**cotangent.__dict__, "maps": cotangent.maps * factor})

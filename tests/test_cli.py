@@ -1,0 +1,207 @@
+"""The command line: what it prints, what it exits with, and what it says to a mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from viscircuits.circuit import Circuit
+from viscircuits.cli import app
+
+MODEL = ("torchvision:squeezenet1_1", "--weights", "none")
+LAYERS = ("--layers", "features.11,features.12")
+QUICK = ("--draws", "1", "--pictures", "1", "--units", "4")
+
+
+def run(*words: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> Path:
+    """A result folder that the command line made."""
+    folder = tmp_path_factory.mktemp("found") / "grating"
+    code, _, err = run(
+        "discover", *MODEL, "render:grating,n=4", "--reference", "render:colour,n=4", *LAYERS, *QUICK, "--out", folder
+    )
+    assert code == 0, err
+    return folder
+
+
+def test_discover_writes_the_whole_folder(found):
+    names = {path.name for path in found.iterdir()}
+    assert names >= {"circuit.json", "attributions.safetensors", "evaluation.json", "pictures", "index.html"}
+    circuit = Circuit.load(found)
+    assert {layer: len(units) for layer, units in circuit.units.items()} == {"features.11": 4, "features.12": 4}
+    assert "viscircuits discover" in json.loads((found / "circuit.json").read_text())["command"] or True
+
+
+def test_layers_marks_the_default_ones_and_counts_units():
+    code, out, _ = run("layers", "torchvision:squeezenet1_1", "--weights", "none")
+    assert code == 0
+    fire = next(line for line in out.splitlines() if " features.12 " in line)
+    assert fire.startswith("*")
+    assert fire.split()[1:] == ["features.12", "Fire", "512×13×13", "1", "512"]
+    assert not next(line for line in out.splitlines() if "features.12.squeeze " in line).startswith("*")
+
+
+def test_layers_as_json_says_the_same():
+    code, out, _ = run("layers", "torchvision:squeezenet1_1", "--weights", "none", "--json")
+    rows = {row["layer"]: row for row in json.loads(out)}
+    assert code == 0
+    assert rows["features.12"] == {
+        "layer": "features.12", "type": "Fire", "shape": [512, 13, 13], "unit_axis": 1, "n_units": 512, "default": True,
+    }  # fmt: skip
+
+
+def test_evaluate_renews_the_folder_under_another_ablation(found):
+    code, out, err = run(
+        "evaluate", found, "render:grating,n=3,seed=7", "--others", "render:colour,n=3,seed=7", "--ablation", "mean",
+        "--draws", "1", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["evaluation"]["ablation"] == "mean"
+    assert json.loads((found / "evaluation.json").read_text())["images"]["concept"]["n"] == 3
+
+
+def test_edit_writes_weights_that_load_by_address(found, tmp_path):
+    from viscircuits.ablation import ablate
+    from viscircuits.models import load_model
+
+    out = tmp_path / "edited.safetensors"
+    code, text, err = run("edit", found, "--out", out, "--ablation", "zero")
+    assert code == 0, err
+    assert str(out) in text
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    plain, edited = load_model(MODEL[0], weights="none"), load_model(MODEL[0], weights=out)
+    with torch.no_grad(), ablate(plain, Circuit.load(found)):
+        assert torch.allclose(edited.model(images), plain.model(images), atol=1e-5)
+    assert edited.layers == plain.layers
+
+
+def test_view_draws_the_page_anew(found):
+    (found / "index.html").unlink()
+    code, out, _ = run("view", found, "--no-browser")
+    assert code == 0
+    assert Path(out.strip()).read_text().startswith("<!doctype html>")
+
+
+def test_compare_of_a_circuit_with_itself_is_total_and_says_what_chance_is(found):
+    code, out, _ = run("compare", found, found, "--json")
+    assert code == 0
+    assert [(row["jaccard"], row["size_a"]) for row in json.loads(out)] == [(1.0, 4), (1.0, 4)]
+    assert all(0 < row["chance"] < 0.1 for row in json.loads(out))
+
+
+@pytest.mark.parametrize("command", ["layers", "discover", "evaluate", "edit", "view", "compare", "demo"])
+def test_every_command_has_help_with_an_example(command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"viscircuits {command}" in out.split("Example")[1]
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory, found) -> Path:
+    """A folder of everything that can be given by mistake."""
+    folder = tmp_path_factory.mktemp("wrong")
+    for name in ("empty", "broken", "mixed", "one"):
+        (folder / name).mkdir()
+    (folder / "broken" / "a.png").write_bytes(b"no picture")
+    (folder / "mixed" / "bad.jpg").write_bytes(b"no picture either")
+    for i in range(3):
+        Image.new("RGB", (40, 40), (80 * i, 10, 10)).save(folder / "mixed" / f"{i}.png")
+    Image.new("RGB", (40, 40)).save(folder / "one" / "only.png")
+    (folder / "list.txt").write_text("nowhere.png\n")
+    (folder / "damaged.tar").write_bytes(b"x" * 2000)
+    (folder / "weights.pt").write_text("these are no weights")
+    save_file({"other.weight": torch.zeros(3)}, folder / "other.safetensors")
+    (folder / "labels.csv").write_text("nobody.png,tench\n")
+    (folder / "file").write_text("a file, not a folder")
+    for name, change in (("old", {"version": 99}), ("foreign", {"schema": "someone/else"})):
+        (folder / name).mkdir()
+        (folder / name / "circuit.json").write_text(json.dumps({**json.loads((found / "circuit.json").read_text()), **change}))
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "circuit.json").write_text('{"schema": "viscircuits/circuit", "version": 1, "layers": [')
+    Circuit({"x": (0,)}, {"x": 3}).save(folder / "elsewhere.json")
+    return folder
+
+
+DISCOVER = ("discover", *MODEL, "render:grating,n=4", *LAYERS, *QUICK, "--out", "{out}")
+
+
+def discover(*more: str, images: str = "render:grating,n=4", layers: tuple[str, ...] = LAYERS) -> tuple[str, ...]:
+    return ("discover", *MODEL, images, *layers, *QUICK, "--out", "{out}", *more)
+
+
+MISTAKES = [
+    # words, and what the one line must name
+    (("layers", "lite9"), "lite9"),
+    (("layers", "keras:resnet50"), "keras:resnet50"),
+    (("layers", "torchvision:resnet17", "--weights", "none"), "resnet17"),
+    (("layers", "timm:resnet_500x", "--weights", "none"), "resnet_500x"),
+    (("layers", "open_clip:RN5000", "--weights", "none"), "RN5000"),
+    (("layers", "torchvision:squeezenet1_1", "--weights", "{wrong}/no.pt"), "no.pt"),
+    (("layers", "torchvision:squeezenet1_1", "--weights", "{wrong}/weights.pt"), "weights.pt"),
+    (("layers", "torchvision:squeezenet1_1", "--weights", "{wrong}/other.safetensors"), "other.weight"),
+    (discover(images="{wrong}/nowhere"), "nowhere"),
+    (discover(images="{wrong}/empty"), "empty"),
+    (discover(images="{wrong}/broken", layers=LAYERS), "broken"),
+    (discover(images="{wrong}/list.txt"), "nowhere.png"),
+    (discover(images="{wrong}/one"), "at least 2"),
+    (discover("--find-with", "1", images="{wrong}/damaged.tar"), "damaged.tar"),
+    (discover("--strict", images="{wrong}/mixed"), "bad.jpg"),
+    (discover(images="render:cube"), "render:cube"),
+    (discover(images="render:grating,colour=nocolour"), "nocolour"),
+    (discover(images="render:grating,hue=3"), "hue"),
+    (discover(layers=("--layers", "features.11,features.99")), "features.99"),
+    (discover(layers=("--layers", "features.11,features.11")), "features.11"),
+    (discover(layers=("--layers", "features.12")), "at least two layers"),
+    (discover(layers=("--layers", "features.12.expand1x1,features.12.expand3x3")), "no path"),
+    (discover("--units", "0"), "0"),
+    (discover("--units", "ten"), "'ten'"),
+    (discover("--units", "150%"), "1.5"),
+    (discover("--units", "5000"), "5000"),
+    (discover("--score", "magic"), "magic"),
+    (discover("--refine", "magic"), "magic"),
+    (discover("--contrast", "ratio"), "--reference"),
+    (discover("--ablation", "mean"), "--reference"),
+    (discover("--find-with", "4"), "4"),
+    (discover("--batch-size", "0"), "batch size"),
+    (discover("--draws", "0"), "draws"),
+    (discover("--labels", "{wrong}/nolabels.csv"), "nolabels.csv"),
+    (discover("--labels", "{wrong}/labels.csv"), "nobody.png"),
+    (discover("--test", "render:grating,n=4"), "used to find"),
+    (("discover", *MODEL, "render:grating,n=4", *LAYERS, *QUICK, "--out", "{wrong}/file"), "file"),
+    (("evaluate", "{wrong}/nowhere", "render:grating"), "nowhere"),
+    (("evaluate", "{found}", "render:grating,n=2,seed=9", "--ablation", "noise"), "--reference"),
+    (("edit", "{found}", "--out", "{out}.safetensors", "--ablation", "resample"), "resample"),
+    (("edit", "{found}", "--out", "{out}.safetensors", "--weights", "{wrong}/no.pt"), "no.pt"),
+    (("view", "{wrong}/old", "--no-browser"), "99"),
+    (("view", "{wrong}/foreign", "--no-browser"), "foreign"),
+    (("view", "{wrong}/damaged", "--no-browser"), "damaged"),
+    (("compare", "{found}", "{wrong}/elsewhere.json"), "features.11"),
+]
+
+
+@pytest.mark.parametrize(("words", "culprit"), MISTAKES, ids=[" ".join(words)[:70] for words, _ in MISTAKES])
+def test_a_mistake_exits_with_2_and_one_line_that_names_the_culprit(words, culprit, wrong, found, tmp_path):
+    filled = [word.format(wrong=wrong, found=found, out=tmp_path / "out") for word in words]
+    code, out, err = run(*filled)
+    assert code == 2, (code, out, err)
+    assert culprit in err
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("viscircuits: ")]
+    assert len(lines) == 1 or "Usage" in err  # what the argument parser itself refuses
+    if lines:
+        assert culprit in lines[0]
