@@ -3,7 +3,7 @@
 #   make demo    find, test and picture a circuit from photographs that arrive by pip
 #   make test    the test suite            make lint    ruff and the floors of the house
 #   make types   mypy                      make docs    the documentation, into site/
-#   make bench   the benchmarks            make ci      lint, types, docs and tests
+#   make bench   how fast attribution is   make ci      lint, types, docs and tests
 #   make venv    only the environment      make clean   remove it, and what tools left behind
 #
 # VENV=…         where the environment lives (.venv)
@@ -49,7 +49,7 @@ docs: $(VENV)/.has-docs
 	@echo "The documentation is in site/index.html"
 
 bench: $(VENV)/.has-test
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@$(BIN)/python benchmarks/attribution.py
 
 ci: lint types docs test
 

@@ -19,7 +19,7 @@ import re
 import time
 from pathlib import Path
 
-from viscircuits import attribute, evaluate, load_model, measure, open_images, select, split
+from viscircuits import Attributions, attribute, evaluate, load_model, measure, open_images, select, split
 from viscircuits.images import sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,9 +36,11 @@ def main() -> None:
     arguments.add_argument("--draws", type=int, default=3)
     options = arguments.parse_args()
     started = time.time()
+    saved = ROOT / "runs" / f"dog-{options.seed}.safetensors"
     spec = load_model("lite0")
     find, dogs, reference, others = image_sets(options.data, options.seed)
-    found = attribute(spec, find, reference=reference, progress=True)
+    found = Attributions.load(saved) if saved.exists() else attribute(spec, find, reference=reference, progress=True)
+    found.save(saved)
     half = len(found.layers) // 2
     places = {"early": found.layers[:half], "late": found.layers[half:]}
     statistics = measure(spec, reference, found.layers, n_samples=0, progress=True)
@@ -66,30 +68,28 @@ def image_sets(data: Path, seed: int):
 
 def compare(spec, found, size, ablation, statistics, dogs, others, options) -> list[dict]:
     """One row for each way of choosing the units: the fall of dogs and of others, and selectivity."""
-    rows = []
-    for contrast, title in CONTRASTS.items():
-        circuit = select(found.contrast(contrast), size, bound_steps=20)
-        evaluation = evaluate(
-            spec, circuit, dogs, others, attributions=found if contrast == "none" else None, ablation=ablation,
-            reference=statistics, draws=options.draws if contrast == "none" else 1, unit_fractions=(),
-            edge_fractions=(), seed=options.seed,
-        ).data  # fmt: skip
-        for entry in evaluation["circuits"]:
-            if contrast != "none" and entry["name"] != "circuit":
-                continue
-            rows.append(
-                {
-                    "name": title if entry["name"] == "circuit" else entry["name"],
-                    "n_units": entry["n_units"],
-                    "dogs": entry["concept"]["accuracy"],
-                    "others": entry["others"]["accuracy"],
-                    "selectivity": entry["selectivity"],
-                    "baseline": [evaluation["baseline"][images]["accuracy"]["value"] for images in ("concept", "others")],
-                    "n": [evaluation["images"][images]["n"] for images in ("concept", "others")],
-                    "faithfulness": evaluation["faithfulness"] if entry["name"] == "circuit" else None,
-                }
-            )
-    return rows
+    circuits = {title: select(found.contrast(how), size, bound_steps=20) for how, title in CONTRASTS.items()}
+    first, *more = circuits
+    evaluation = evaluate(
+        spec, circuits[first], dogs, others, attributions=found, rivals={name: circuits[name] for name in more},
+        ablation=ablation, reference=statistics, draws=options.draws, unit_fractions=(), edge_fractions=(),
+        batch_size=32, seed=options.seed,
+    ).data  # fmt: skip
+    shared = {
+        "baseline": [evaluation["baseline"][images]["accuracy"]["value"] for images in ("concept", "others")],
+        "n": [evaluation["images"][images]["n"] for images in ("concept", "others")],
+    }
+    return [
+        {
+            "name": first if entry["name"] == "circuit" else entry["name"],
+            "n_units": entry["n_units"],
+            "dogs": entry["concept"]["accuracy"],
+            "others": entry["others"]["accuracy"],
+            "selectivity": entry["selectivity"],
+            **shared,
+        }
+        for entry in evaluation["circuits"]
+    ]
 
 
 def write_tables(report: dict, path: Path) -> None:
@@ -101,7 +101,7 @@ def write_tables(report: dict, path: Path) -> None:
         f"seed {report['seed']}; random is the mean of {report['draws']} draws; brackets are 95 % bootstrap intervals over "
         "images. Each cell: **selectivity** [interval], then accuracy of dogs / others after removal.",
     ]
-    names = list(dict.fromkeys(row["name"] for row in rows))
+    names = sorted(dict.fromkeys(row["name"] for row in rows), key=lambda name: not name.startswith("CLA"))
     for place, layers in report["layers"].items():
         for ablation in ABLATIONS:
             lines += ["", f"### {place.capitalize()} layers (`{layers[0]}` to `{layers[-1]}`), {ablation} ablation", ""]

@@ -47,7 +47,9 @@ def derivatives(
         jacobian = torch.autograd.functional.jacobian(tail, image)  # (*target, *source), one image each
         jacobian = jacobian.movedim(target_axis, 1).flatten(2, target.ndim - 1)  # (1, n, q, *source)
         jacobian = jacobian.movedim(3 + source_axis, 4).flatten(5)[0, :, :, 0]  # (n, q, m, p)
-        found.append((image.movedim(source_axis, 1)[0].flatten(1), target.movedim(target_axis, 1)[0].flatten(1), jacobian))
+        found.append(
+            (image.movedim(source_axis, 1)[0].flatten(1), target.movedim(target_axis, 1)[0].flatten(1), jacobian)
+        )
     return found
 
 

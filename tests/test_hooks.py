@@ -112,7 +112,12 @@ def recorded(model: nn.Module, addresses, images: Tensor) -> dict[str, Tensor]:
 
 def snapshot(model: nn.Module) -> tuple:
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    return state, [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()], count_hooks(model)
+    return (
+        state,
+        [m.training for m in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+        count_hooks(model),
+    )
 
 
 def assert_as_found(model: nn.Module, before: tuple) -> None:
@@ -127,7 +132,9 @@ def assert_as_found(model: nn.Module, before: tuple) -> None:
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_value_followed_by_an_in_place_module_is_the_true_one(photographs, grad):
-    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 3)))
+    model = seeded(
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 3))
+    )
     with torch.set_grad_enabled(grad):
         values = recorded(model, ["0", "1", "2"], photographs)
         conv = F.conv2d(photographs, model[0].weight, model[0].bias)
@@ -193,7 +200,9 @@ def test_values_keep_the_networks_precision(photographs, conv_net, dtype):
     values = recorded(conv_net, ["0", "1"], photographs.to(dtype))
     assert values["0"].dtype == dtype
     assert torch.equal(values["1"], values["0"].clamp(min=0))
-    assert torch.equal(activations(conv_net, ["1"], photographs)["1"], values["1"])  # moves images to the network's type
+    assert torch.equal(
+        activations(conv_net, ["1"], photographs)["1"], values["1"]
+    )  # moves images to the network's type
 
 
 def test_stopping_early_gives_the_same_values_as_running_to_the_end(photographs, conv_net):
@@ -388,13 +397,21 @@ def test_before_is_told_the_arguments_of_each_pass(photographs, conv_net):
 
 def test_the_main_output_is_the_logits(photographs):
     a, b = photographs.mean((2, 3)), photographs.amax((2, 3))
-    for pack in (lambda: a, lambda: (a, b), lambda: {"aux": b, "logits": a}, lambda: {"out": a, "aux": b}, lambda: [a, b]):
+    for pack in (
+        lambda: a,
+        lambda: (a, b),
+        lambda: {"aux": b, "logits": a},
+        lambda: {"out": a, "aux": b},
+        lambda: [a, b],
+    ):
         assert forward(Function(lambda x, pack=pack: pack()), photographs) is a
     Output = namedtuple("Output", ["aux", "logits"])
     assert forward(Function(lambda x: Output(b, a)), photographs) is a
 
 
-@pytest.mark.parametrize("function", [lambda x: x.sum(), lambda x: x.mean((1, 2, 3)), lambda x: x, lambda x: x.argmax(1)])
+@pytest.mark.parametrize(
+    "function", [lambda x: x.sum(), lambda x: x.mean((1, 2, 3)), lambda x: x, lambda x: x.argmax(1)]
+)
 def test_outputs_of_any_shape_and_type_pass_through(function, photographs):
     assert torch.equal(forward(Function(function), photographs), function(photographs))
 
@@ -479,7 +496,10 @@ def test_so_it_does_after_an_exception_in_the_forward_pass(name, photographs):
 
 def test_a_context_that_cannot_open_leaves_no_hook(photographs, conv_net):
     before = snapshot(conv_net)
-    for broken in (lambda: record(conv_net, ["0", "nowhere"]), lambda: rewrite(conv_net, {"0": torch.clone, "9": torch.clone})):
+    for broken in (
+        lambda: record(conv_net, ["0", "nowhere"]),
+        lambda: rewrite(conv_net, {"0": torch.clone, "9": torch.clone}),
+    ):
         with pytest.raises(LayerError), broken():
             pass
     assert_as_found(conv_net, before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from viscircuits import attribute
+from viscircuits import attribute, attribution
 from viscircuits.errors import LayerError
 from viscircuits.hooks import activations
 from viscircuits.layers import Layer
@@ -126,7 +128,7 @@ PIECES = {
     "strided": lambda: nn.Conv2d(6, 5, 3, stride=2, padding=1),
     "strided, rest": lambda: nn.Conv2d(6, 5, 2, stride=3),
     "dilated": lambda: nn.Conv2d(6, 5, 3, dilation=2, padding=2),
-    "rectangular": lambda: nn.Sequential(nn.Conv2d(6, 7, (1, 3), padding=(0, 1)), nn.Conv2d(7, 5, (3, 1), stride=(2, 1))),
+    "rectangular": lambda: nn.Sequential(nn.Conv2d(6, 7, (1, 3), padding=(0, 1)), nn.Conv2d(7, 5, (3, 1), 2)),
     "grouped": lambda: nn.Sequential(nn.Conv2d(6, 9, 3, groups=3), nn.ReLU(), nn.Conv2d(9, 6, 1, groups=3)),
     "depthwise": lambda: then(nn.Conv2d(6, 6, 3, groups=6), nn.ReLU()),
     "depthwise multiplied": lambda: nn.Conv2d(6, 12, 3, groups=6, stride=2),
@@ -144,16 +146,20 @@ PIECES = {
     "residuals": lambda: nn.Sequential(Residual(nn.Conv2d(6, 6, 1)), Residual(nn.Conv2d(6, 6, 3, padding=1))),
     "weighted sum": lambda: then(Function(lambda x: torch.add(x, x.relu(), alpha=-0.5))),
     "concatenation": lambda: Concatenated(nn.Conv2d(6, 3, 1), nn.Conv2d(6, 2, 3, padding=1), nn.Identity()),
-    "nested": lambda: then(Concatenated(nn.Conv2d(6, 2, 1), Concatenated(nn.MaxPool2d(3, 1, 1), nn.ReLU())), nn.Conv2d(14, 6, 1)),
+    "nested": lambda: then(
+        Concatenated(nn.Conv2d(6, 2, 1), Concatenated(nn.MaxPool2d(3, 1, 1), nn.ReLU())), nn.Conv2d(14, 6, 1),
+    ),
     "negative axis": lambda: Concatenated(nn.Conv2d(6, 3, 1), nn.ReLU(), dim=-3),
     "same padding": lambda: nn.Sequential(SamePadded(6, 6, 3, stride=2, groups=6), SamePadded(6, 5, 3)),
     "gate": lambda: then(Gated(nn.Conv2d(6, 2, 1), nn.SiLU(), nn.Conv2d(2, 6, 1))),
     "product": lambda: then(Function(lambda x: x * x.sigmoid())),
     "square": lambda: then(Function(lambda x: x * x)),
-    "dense": lambda: Concatenated(nn.Identity(), nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1))),
+    "dense": lambda: Concatenated(
+        nn.Identity(), nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1))
+    ),
     "inverted bottleneck": lambda: nn.Sequential(
-        nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(),
-        nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU6(True),
+        nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(8),
+        nn.ReLU6(), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU6(True),
     ),
     "dropout": lambda: then(nn.Dropout(), nn.Identity()),
 }  # fmt: skip
@@ -178,10 +184,9 @@ def test_each_activation_gives_the_loops_numbers(activation):
         assert_engines_agree(between(lambda parts=parts: nn.Sequential(*parts)), [("cla", "norm")])
 
 
-@pytest.mark.parametrize(("score", "summary"), EVERY)
-def test_every_score_and_summary_in_every_form(score, summary):
-    for piece in ("depthwise last", "linear chain", "chain", "concatenation", "residual"):
-        assert_engines_agree(between(PIECES[piece], size=6), [(score, summary)])
+@pytest.mark.parametrize("piece", ["depthwise last", "linear chain", "chain", "concatenation", "residual"])
+def test_every_score_and_summary_in_every_form(piece):
+    assert_engines_agree(between(PIECES[piece], size=6), EVERY)
 
 
 @pytest.mark.parametrize("piece", ["chain", "concatenation", "inverted bottleneck", "residuals", "nested"])
@@ -211,9 +216,15 @@ def test_memory_is_measured_on_every_branch():
 @st.composite
 def pieces(draw, width: int) -> tuple[nn.Module, int]:
     """A piece that takes `width` channels and keeps 5 by 5 maps or more, and how many it gives."""
-    kind = draw(st.sampled_from(["conv", "pointwise", "depthwise", "grouped", "norm", "act", "pool", "residual", "fire", "gate"]))
+    kind = draw(
+        st.sampled_from(
+            ["conv", "pointwise", "depthwise", "grouped", "norm", "act", "pool", "residual", "fire", "gate"]
+        )
+    )
     out = draw(st.sampled_from([2, 4, 6]))
-    activation = draw(st.sampled_from([nn.ReLU(True), nn.ReLU6(), nn.SiLU(), nn.LeakyReLU(0.1), nn.Hardswish(), nn.GELU()]))
+    activation = draw(
+        st.sampled_from([nn.ReLU(True), nn.ReLU6(), nn.SiLU(), nn.LeakyReLU(0.1), nn.Hardswish(), nn.GELU()])
+    )
     kernel, dilation = draw(st.sampled_from([(3, 1), (3, 2), (5, 1)]))
     same = {"kernel_size": kernel, "dilation": dilation, "padding": dilation * (kernel - 1) // 2}
     made = {
@@ -352,7 +363,7 @@ def test_an_unknown_operation_falls_back_to_the_loop_or_is_named(piece):
     plain, automatic = attributed(model, engine="loop"), attributed(model, engine="auto", batch_size=2)
     torch.testing.assert_close(automatic.matrices[0].values, plain.matrices[0].values)
     assert automatic.provenance["engines"] == ["loop"]
-    with pytest.raises(LayerError, match="has no rule for .* between 'source' and 'target'; use engine 'auto'"):
+    with pytest.raises(LayerError, match=r"has no rule for .* between 'source' and 'target'; use engine 'auto'"):
         attributed(model, engine="structured")
 
 
@@ -366,13 +377,10 @@ def test_each_pair_names_the_engine_it_took(vit, conv_net, photographs):
 def test_an_unknown_operation_in_a_late_branch_is_found_before_the_first_block(monkeypatch):
     """Else what was added up before it was met would be counted twice."""
     model = seeded(lambda: Named(nn.Identity()))
-    model.target = Concatenated(*[nn.Conv2d(6, 4, 1) for _ in range(4)], nn.Softmax2d())
+    model.target = Concatenated(nn.Conv2d(6, 21, 1), nn.Sequential(nn.Conv2d(6, 1, 1), nn.InstanceNorm2d(1)))
     plain = attributed(model, engine="loop")
-    monkeypatch.setitem(
-        __import__("viscircuits.attribution", fromlist=["x"]).ENGINE_BLOCKS,
-        "structured",
-        lambda *pair: structured.blocks(*pair, chunk_bytes=1),
-    )
+    one_by_one = partial(structured.blocks, chunk_bytes=1)
+    monkeypatch.setitem(attribution.ENGINE_BLOCKS, "structured", one_by_one)
     automatic = attributed(model)
     assert automatic.provenance["engines"] == ["loop"]
     torch.testing.assert_close(automatic.matrices[0].values, plain.matrices[0].values)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -51,7 +53,7 @@ def assert_each_feeds_the_next(model: nn.Module, addresses, size: int) -> None:
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     with torch.enable_grad(), record(model, addresses) as values:
         model(images)
-    for source, target in zip(addresses[:9], addresses[1:10], strict=False):
+    for source, target in pairwise(addresses[:10]):
         (gradient,) = torch.autograd.grad(values[target].square().sum(), values[source], retain_graph=True)
         assert gradient.abs().sum() > 0, f"{source} does not reach {target}"
 
@@ -133,7 +135,9 @@ def test_units_of_swin_and_the_error_for_its_windows():
     for address in ("patch_embed", "layers.0.blocks.0.drop_path1", "layers.0.blocks.0"):
         assert (found.layer(address).unit_axis, found.layer(address).n_units) == (3, 12), address
     assert found.layer("layers.0.blocks.0.mlp.act").unit_axis == 2
-    with pytest.raises(LayerError, match=r"attn.qkv' has shape \(8, 49, 36\) for 2 images: the first axis is not the images"):
+    with pytest.raises(
+        LayerError, match=r"attn.qkv' has shape \(8, 49, 36\) for 2 images: the first axis is not the images"
+    ):
         found.layer("layers.0.blocks.0.attn.qkv")
     assert "layers.0.blocks.0.attn.qkv" not in [layer.address for layer in found.layers()]
 
@@ -340,7 +344,7 @@ def test_blocks_of_a_residual_network_end_after_their_activation():
 
 def test_blocks_of_an_inception_network_are_concatenated_activations():
     chosen = traced(vision.googlenet(init_weights=False, aux_logits=False), 32).default_layers()
-    assert {f"inception{block}" for block in "3a 3b 4a 4b 4c 4d 4e 5a 5b".split()} <= set(chosen)
+    assert {f"inception{block}" for block in ("3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b")} <= set(chosen)
     assert not any("branch1" in name or "branch4" in name for name in chosen)  # parts of a concatenation
 
 

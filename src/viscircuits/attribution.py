@@ -26,7 +26,7 @@ from viscircuits.errors import ImageError, LayerError, ModelError, ViscircuitsEr
 from viscircuits.hooks import activations, evaluating
 from viscircuits.images import Batch, ImageSet, batches, digest_of
 from viscircuits.layers import Layer, by_unit
-from viscircuits.matrices import Attributions, AttributionMatrix
+from viscircuits.matrices import AttributionMatrix, Attributions
 from viscircuits.models import ModelSpec, as_spec
 from viscircuits.scores import loop, structured
 from viscircuits.scores.formulas import SCORES, SUMMARIES, choose
@@ -38,7 +38,7 @@ N_DIGEST = 16  # hexadecimal digits that tell one image from another in a result
 
 Engines = tuple[str, ...]
 ENGINES: dict[str, Engines] = {"auto": ("structured", "loop"), "loop": ("loop",), "structured": ("structured",)}
-ENGINE_BLOCKS = {"loop": loop.blocks, "structured": structured.blocks}
+ENGINE_BLOCKS: dict[str, Callable[..., Iterator[loop.Block]]] = {"loop": loop.blocks, "structured": structured.blocks}
 
 
 def attribute(
@@ -117,9 +117,9 @@ def attribute(
     for what, each in (("concept", images), ("reference", reference)):
         if each is None:
             continue
-        sums = _Sums(chain, per_image, engines)
         bar = _bar(each, chain, what, progress)
         with bar, evaluating(spec.model), torch.inference_mode(False), torch.enable_grad():
+            sums = _Sums(chain, per_image, engines)
             for batch in batches(each, spec.transform, batch_size):
                 values = activations(spec.model, [layer.address for layer in chain], batch.images)
                 sums.add(values, batch, score_of, summary_of, bar)
@@ -213,7 +213,8 @@ class _Sums:
                 if engine == self.engines[-1]:
                     source, target = (layer.address for layer in self.pairs[i])
                     raise LayerError(
-                        f"the structured engine has no rule for {error} between {source!r} and {target!r}; use engine 'auto'"
+                        f"the structured engine has no rule for {error} between {source!r} and {target!r}; "
+                        "use engine 'auto'"
                     ) from error
                 continue
             self.taken[i] = engine

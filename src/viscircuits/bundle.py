@@ -45,7 +45,7 @@ class Bundle:
     command: str = ""
 
     def save(self, folder: str | Path) -> Path:
-        """Write the folder; files that are there already are replaced one by one."""
+        """Write the folder; files that are there already are replaced one by one, and parts it lacks taken away."""
         folder = Path(folder)
         data = {
             **self.circuit.to_json(),
@@ -54,12 +54,12 @@ class Bundle:
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         write_atomically(folder / "circuit.json", json.dumps(data, indent=1) + "\n")
-        if self.attributions is not None:
-            self.attributions.save(folder / "attributions.safetensors")
-        if self.evaluation is not None:
-            self.evaluation.save(folder / "evaluation.json")
-        if self.pictures:
-            _save_pictures(folder / "pictures", self.pictures)
+        for name, part in (("attributions.safetensors", self.attributions), ("evaluation.json", self.evaluation)):
+            if part is not None:
+                part.save(folder / name)
+            else:  # an older circuit's would pass for this one's
+                (folder / name).unlink(missing_ok=True)
+        _save_pictures(folder / "pictures", self.pictures)
         write_atomically(folder / "index.html", self.page())
         return folder
 
@@ -91,6 +91,7 @@ class Bundle:
 
 
 def _save_pictures(folder: Path, pictures: Mapping[Unit, Sequence[Exemplar]]) -> None:
+    old = _files_listed(folder)
     listed = []
     for unit, exemplars in pictures.items():
         for rank, each in enumerate(exemplars):
@@ -100,8 +101,22 @@ def _save_pictures(folder: Path, pictures: Mapping[Unit, Sequence[Exemplar]]) ->
             write_atomically(folder / name, buffer.getvalue())
             about = {"layer": unit.layer, "index": unit.index, "rank": rank, "file": name, "image": each.name}
             listed.append({**about, "activation": each.activation, "box": list(each.box)})
-    content = {"schema": PICTURES_SCHEMA, "version": 1, "pictures": listed}
-    write_atomically(folder / "pictures.json", json.dumps(content, indent=1) + "\n")
+    if listed:
+        content = {"schema": PICTURES_SCHEMA, "version": 1, "pictures": listed}
+        write_atomically(folder / "pictures.json", json.dumps(content, indent=1) + "\n")
+    else:
+        (folder / "pictures.json").unlink(missing_ok=True)
+    for name in old - {each["file"] for each in listed}:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _files_listed(folder: Path) -> set[str]:
+    """Names of the pictures that an earlier `save` put into the folder."""
+    try:
+        listed = json.loads((folder / "pictures.json").read_text(encoding="utf-8"))["pictures"]
+        return {Path(each["file"]).name for each in listed}
+    except (OSError, KeyError, TypeError, ValueError):
+        return set()
 
 
 def _load_pictures(folder: Path) -> dict[Unit, list[Exemplar]]:
@@ -116,5 +131,5 @@ def _load_pictures(folder: Path) -> dict[Unit, list[Exemplar]]:
             exemplar = Exemplar(each["image"], each["activation"], tuple(each["box"]), picture)
             found.setdefault(Unit(each["layer"], each["index"]), []).append(exemplar)
         return found
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"the pictures in {str(folder)!r} are damaged: {error}") from error

@@ -8,7 +8,7 @@ never sees a network: it can be made, compared and drawn without torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import index
 from pathlib import Path
@@ -85,7 +85,9 @@ class Circuit:
                 raise ViscircuitsError(f"layer {layer!r} has units 0 to {width - 1}, the circuit names {indices}")
         for layer, scores in self.scores.items():
             if len(scores) != len(self.units.get(layer, ())):
-                raise ViscircuitsError(f"layer {layer!r} has {len(scores)} scores for {len(self.units.get(layer, ()))} units")
+                raise ViscircuitsError(
+                    f"layer {layer!r} has {len(scores)} scores for {len(self.units.get(layer, ()))} units"
+                )
         outside = next((u for e in self.edges for u in (e.source, e.target) if u not in self), None)
         if outside is not None:
             raise ViscircuitsError(f"an edge of the circuit touches {outside}, which is not one of its units")
@@ -103,7 +105,7 @@ class Circuit:
     def __len__(self) -> int:
         return self.n_units
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Unit]:
         return (Unit(layer, index) for layer, indices in self.units.items() for index in indices)
 
     def __contains__(self, unit: Unit) -> bool:
@@ -153,7 +155,9 @@ class Circuit:
         }
         known = {(e.source, e.target): e for e in (*other.edges, *self.edges)}
         edges = tuple(
-            e for e in known.values() if e.source.index in units[e.source.layer] and e.target.index in units[e.target.layer]
+            e
+            for e in known.values()
+            if e.source.index in units[e.source.layer] and e.target.index in units[e.target.layer]
         )
         return Circuit(units, self.widths, edges=edges)
 

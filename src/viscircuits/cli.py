@@ -66,6 +66,9 @@ def _reports_mistakes(command: Callable[..., None]) -> Callable[..., None]:
         except ViscircuitsError as error:
             typer.echo(f"viscircuits: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from error
+        except OSError as error:  # a full disk, a folder that may not be written to
+            typer.echo(f"viscircuits: {error.strerror or error}: {error.filename or 'no file'}", err=True)
+            raise typer.Exit(2) from error
         except KeyboardInterrupt:
             typer.echo("viscircuits: stopped; what was finished is in the output folder", err=True)
             raise typer.Exit(130) from None
@@ -117,7 +120,9 @@ def discover(
     model: Model,
     images: Images,
     reference: Annotated[Optional[str], typer.Option(metavar="IMAGES", help="Images without the concept.")] = None,
-    test: Annotated[Optional[str], typer.Option(metavar="IMAGES", help="Test on these, not on a held-out part.")] = None,
+    test: Annotated[
+        Optional[str], typer.Option(metavar="IMAGES", help="Test on these, not on a held-out part.")
+    ] = None,
     others: Annotated[
         Optional[str], typer.Option(metavar="IMAGES", help="Others to test on, not a held-out part of the reference.")
     ] = None,
@@ -247,7 +252,9 @@ def edit(
     )
     if as_json:
         report = {"weights": str(out), "folded": list(edited.folded), "gates": list(edited.gates)}
-        typer.echo(json.dumps({**report, "difference": edited.difference, "onnx_difference": onnx_difference}, indent=1))
+        typer.echo(
+            json.dumps({**report, "difference": edited.difference, "onnx_difference": onnx_difference}, indent=1)
+        )
         return
     where = f"in existing weights at {len(edited.folded)} layers, with gates at {len(edited.gates)}"
     typer.echo(f"{out}: {where}; differs from the ablated model by {edited.difference:.1e} of its largest output")
@@ -341,7 +348,9 @@ def _units(text: str) -> int | float:
     try:
         return float(text[:-1]) / 100 if text.endswith("%") else int(text)
     except ValueError:
-        raise ViscircuitsError(f"--units takes a number of units per layer or a share such as 10%, got {text!r}") from None
+        raise ViscircuitsError(
+            f"--units takes a number of units per layer or a share such as 10%, got {text!r}"
+        ) from None
 
 
 def _command() -> str:
@@ -351,12 +360,16 @@ def _command() -> str:
 def _print_result(bundle: Bundle, out: Path, as_json: bool) -> None:
     evaluation = bundle.evaluation
     if as_json:
-        typer.echo(json.dumps({"folder": str(out), "circuit": bundle.circuit.to_json(), "evaluation": dict(evaluation.data)}))
+        typer.echo(
+            json.dumps({"folder": str(out), "circuit": bundle.circuit.to_json(), "evaluation": dict(evaluation.data)})
+        )
         return
     circuit = bundle.circuit
     typer.echo(f"{bundle.title}: {circuit.n_units} units in {len(circuit.layers)} layers, {len(circuit.edges)} edges")
     selection = circuit.selection
-    typer.echo(f"attribution inside {selection['objective']:.4g}, no circuit of this size has more than {selection['upper_bound']:.4g}")
+    typer.echo(
+        f"attribution inside {selection['objective']:.4g}, no circuit of this size has more than {selection['upper_bound']:.4g}"
+    )
     typer.echo("")
     typer.echo(evaluation.table())
     typer.echo("")

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,8 @@ def discover(
         Whatever the caller can mend: its message says what was given and what to do.
     """
     spec = as_spec(model)
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise ViscircuitsError(f"{str(out)!r} is a file; give a folder for the result (--out DIR)")
     choose(SCORES, score, "score")
     choose(SUMMARIES, summary, "summary")
     choose(REFINEMENTS, refine, "refinement")
@@ -149,12 +151,22 @@ def discover(
     if out is not None:  # kept at once: this is what takes the time
         attributions.save(Path(out) / "attributions.safetensors")
     statistics = (
-        None if background is None else measure(spec, background, options["layers"], batch_size=batch_size, progress=progress)
+        None
+        if background is None
+        else measure(spec, background, options["layers"], batch_size=batch_size, progress=progress)
     )
     circuit = select(
         attributions.contrast(contrast), units, refine=refine, generator=torch.Generator().manual_seed(seed)
     )
-    circuit = replace(circuit, provenance={**circuit.provenance, "ablation": ablation, "seed": seed})
+    circuit = replace(
+        circuit,
+        provenance={
+            **circuit.provenance,
+            "ablation": ablation,
+            "seed": seed,
+            "sources": _sources(images=images, reference=reference),
+        },
+    )
     evaluation = evaluate(
         spec, circuit, tested, untested, attributions=attributions, labels=labels, ablation=ablation,
         reference=statistics, draws=draws, edge_fractions=edge_fractions, batch_size=batch_size, seed=seed,
@@ -225,7 +237,9 @@ def evaluate_again(
     background = None if others is None else open_images(others)
     source = background if reference is None else open_images(reference)
     if ablation != "zero" and source is None:
-        raise ViscircuitsError(f"ablation {ablation!r} needs reference images (--reference or --others IMAGES), or use 'zero'")
+        raise ViscircuitsError(
+            f"ablation {ablation!r} needs reference images (--reference or --others IMAGES), or use 'zero'"
+        )
     evaluation = evaluate(
         spec, bundle.circuit, tested, background, attributions=bundle.attributions, labels=labels, ablation=ablation,
         reference=source if ablation != "zero" else None, draws=draws, batch_size=batch_size, seed=seed,
@@ -274,11 +288,11 @@ def edit_from(
     ablation = ablation or provenance.get("ablation", "zero")
     statistics = None
     if ablation != "zero":
-        address = reference or provenance.get("reference", {}).get("address")
-        if address is None:
+        if reference is None and "reference" not in provenance:
             raise ViscircuitsError(f"ablation {ablation!r} needs reference images (--reference IMAGES), or use 'zero'")
-        statistics = measure(spec, open_images(address), bundle.circuit.layers)
-    checked = open_images(images if images is not None else provenance["images"]["address"], limit=N_CHECKED)
+        background = _found_with(provenance, "reference") if reference is None else open_images(reference)
+        statistics = measure(spec, background, bundle.circuit.layers)
+    checked = open_images(images, limit=N_CHECKED) if images is not None else _found_with(provenance, "images")
     batch = next(iter(batches(checked, spec.transform, N_CHECKED)), None)
     if batch is None:
         raise ImageError("no image could be read to check the edit on; give some (--images IMAGES)")
@@ -308,6 +322,37 @@ def model_of(circuit: Circuit, weights: str | Path | None = None) -> ModelSpec:
     return spec
 
 
+def _sources(**given: Source | None) -> dict[str, Any]:
+    """What must be opened to have the image sets again, as far as it can be written down."""
+    written = {what: _written(source) for what, source in given.items()}
+    return {what: source for what, source in written.items() if source is not None}
+
+
+def _written(source: Source | None) -> str | list[Any] | None:
+    if isinstance(source, str | Path):
+        return str(source)
+    if isinstance(source, list | tuple):
+        parts = [_written(part) for part in source]
+        return None if None in parts else parts
+    return None
+
+
+def _found_with(provenance: Mapping[str, Any], what: str) -> ImageSet:
+    """The very images of a set that a circuit was found with, opened again."""
+    if what not in provenance.get("sources", {}):
+        raise ImageError(f"the circuit does not say which images it was found with; name some (--{what} IMAGES)")
+    images = open_images(provenance["sources"][what])
+    n = provenance[what]["n"] + len(provenance[what]["skipped"])
+    part = images if images.count == n else split(images, n, provenance["seed"])[0]
+    names = [picture.name for picture in part]
+    if names != provenance[what]["names"]:
+        raise ImageError(
+            f"{images.address!r} does not hold the images the circuit was found with any more; "
+            f"name some (--{what} IMAGES)"
+        )
+    return part
+
+
 def _check_reference(contrast: str, ablation: str, reference: Source | None) -> None:
     if reference is None and contrast != "none":
         raise ViscircuitsError(f"contrast {contrast!r} needs reference images (--reference IMAGES)")
@@ -327,7 +372,7 @@ def _part(
         raise ImageError(f"the {what} set is a stream of unknown length; say how many of it to use (--find-with N)")
     if count is not None and count < 2:
         raise ImageError(
-            f"the {what} set has {count} image; at least 2 are needed, to find with one and test on the other. "
+            f"the {what} set {images.address!r} has {count} image; at least 2 are needed, to find with one and test on the other. "
             "Give test images of their own (--test IMAGES), or more images."
         )
     n = min(MOST_TO_FIND, (count or 0) // 2) if find_with is None else find_with

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from viscircuits.ablation import Statistics, ablate, describe_layers, measure, prune_edges
+from viscircuits.ablation import ABLATIONS, Statistics, ablate, describe_layers, measure, prune_edges
 from viscircuits.attribution import N_DIGEST, Images, describe
 from viscircuits.circuit import Circuit, Edge
 from viscircuits.errors import FileFormatError, ImageError, ViscircuitsError
@@ -39,6 +39,7 @@ from viscircuits.matrices import Attributions
 from viscircuits.metrics import Interval, bootstrap, completeness, faithfulness, kl_divergence
 from viscircuits.models import ModelSpec, as_spec
 from viscircuits.scores.controls import CONTROLS
+from viscircuits.scores.formulas import choose
 from viscircuits.selection import random_like, same_size, shrink
 from viscircuits.tracing import trace
 
@@ -73,7 +74,14 @@ class Evaluation:
         """Return the circuit and its controls, a row each: concept, others, selectivity."""
         measure = self.data["measure"]
         rows = [("removed", f"concept {measure}", f"others {measure}", "selectivity")]
-        rows += [("nothing", _shown(self.data["baseline"], "concept", measure), _shown(self.data["baseline"], "others", measure), "")]
+        rows += [
+            (
+                "nothing",
+                _shown(self.data["baseline"], "concept", measure),
+                _shown(self.data["baseline"], "others", measure),
+                "",
+            )
+        ]
         for entry in self.data["circuits"]:
             rows.append(
                 (
@@ -84,7 +92,9 @@ class Evaluation:
                 )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write the evaluation as JSON."""
@@ -115,6 +125,7 @@ def evaluate(
     others: Images | None = None,
     *,
     attributions: Attributions | None = None,
+    rivals: Mapping[str, Circuit] | None = None,
     labels: LabelSource | None = "auto",
     ablation: str = "zero",
     reference: Statistics | Images | None = None,
@@ -140,10 +151,12 @@ def evaluate(
     attributions
         What the circuit was selected from; needed for the activity controls, which are left out
         without it.
+    rivals
+        Other circuits, by name, to be removed in their turn and stand beside this one.
     labels
-        Where each picture's class is read: ``auto`` from folder or file names if they name the
-        network's classes, or a file of ``path,label`` lines, or a mapping; None for nowhere, and
-        then the network's own answers are the standard.
+        Where each picture's class is read: ``auto`` from folder or file names if all of them
+        name classes of the network, or a file of ``path,label`` lines, or a mapping; None for
+        nowhere, and then the network's own answers are the standard.
     ablation
         What a removed value becomes.
     reference
@@ -176,10 +189,11 @@ def evaluate(
     Marks et al. 2024, arXiv:2403.19647 (faithfulness, completeness).
     """
     spec = as_spec(model)
-    _check_options(draws, (*unit_fractions, *edge_fractions), (concept, others))
+    _check_options(ablation, reference, draws, (*unit_fractions, *edge_fractions), (concept, others))
     edge_fractions = sorted(edge_fractions)
     statistics = _statistics(spec, circuit, concept, reference, batch_size, progress)
     circuits = _with_controls(spec, circuit, attributions, concept, draws, seed)
+    circuits.update({name: [rival] for name, rival in (rivals or {}).items()})
     edges = _edge_orders(circuit, edge_layers, seed) if edge_fractions else {}
     conditions = _conditions(spec, circuit, circuits, edges, unit_fractions, edge_fractions, ablation, statistics, seed)
     sets = {"concept": concept} if others is None else {"concept": concept, "others": others}
@@ -214,7 +228,18 @@ def evaluate(
     )
 
 
-def _check_options(draws: int, fractions: Iterable[float], sets: Iterable[Images | None]) -> None:
+def _check_options(
+    ablation: str,
+    reference: Statistics | Images | None,
+    draws: int,
+    fractions: Iterable[float],
+    sets: Iterable[Images | None],
+) -> None:
+    choose(ABLATIONS, ablation, "ablation")
+    if ablation != "zero" and reference is None:
+        raise ViscircuitsError(
+            f"{ablation!r} ablation needs reference images (reference=…, --reference IMAGES), or use 'zero'"
+        )
     if draws < 1:
         raise ViscircuitsError(f"at least one random circuit is needed as a control, got draws={draws}")
     outside = [fraction for fraction in fractions if not 0 < fraction <= 1]
@@ -268,6 +293,10 @@ def _edge_orders(circuit: Circuit, layers: tuple[str, str] | None, seed: int) ->
     """The edges between two layers of the circuit, in the orders in which they are pruned."""
     pair = layers or circuit.layers[:2]
     edges = list(circuit.edges_between(*pair)) if len(pair) == 2 else []
+    if layers and not edges:
+        raise ViscircuitsError(
+            f"the circuit has no edges from {layers[0]!r} to {layers[1]!r}; its layers are {', '.join(circuit.layers)}"
+        )
     if not edges:
         return {}
     order = torch.randperm(len(edges), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -342,8 +371,8 @@ def find_labels(spec: ModelSpec, sets: Iterable[Images], labels: LabelSource | N
     if not pictures:
         return None
     names, given = zip(*pictures, strict=True)
-    found = match_labels(names, given, spec.classes, table=table)
-    if found.n_matched == 0:
+    found = match_labels(names, given, spec.classes, table=table, partly=table is None)
+    if found.unmatched:  # where only some are known nothing can be compared
         return None
     known = dict(zip(pictures, found.indices, strict=True))
 
@@ -391,7 +420,7 @@ def _run(
     names: list[str] = []
     digests: list[str] = []
     n_used = 0
-    count = len(images) if isinstance(images, Tensor) else getattr(images, "count", None)
+    count = len(images) if isinstance(images, Tensor) else images.count if isinstance(images, ImageSet) else None
     total = None if count is None else count * len(conditions)
     bar = tqdm(total=total, desc=f"evaluation, {what}", unit="run", unit_scale=True, delay=2, disable=not progress)
     with bar, evaluating(spec.model), torch.no_grad():
@@ -404,7 +433,9 @@ def _run(
             known = None if class_of is None else class_of(batch)
             full = forward(spec.model, batch.images).float().cpu()
             if known is not None and int(known.max()) >= full.shape[1]:
-                raise ViscircuitsError(f"label {int(known.max())} is none of the network's {full.shape[1]} outputs, from 0")
+                raise ViscircuitsError(
+                    f"label {int(known.max())} is none of the network's {full.shape[1]} outputs, from 0"
+                )
             for key, opener in conditions.items():
                 with opener():
                     outputs = full if key == ("baseline",) else forward(spec.model, batch.images).float().cpu()
@@ -492,7 +523,15 @@ class _Report:
         samples = [self.of("concept", [each], measure_) for each in (("baseline",), key, ("empty",))]
         if abs(float(samples[0].mean() - samples[2].mean())) < 1e-9:
             return None
-        return self._interval(statistic, *samples, paired=True)
+        whole = statistic(*samples)
+
+        def of_draw(*drawn: Tensor) -> float:
+            try:
+                return statistic(*drawn)
+            except ViscircuitsError:  # on these images alone ablating everything changes nothing
+                return whole
+
+        return self._interval(of_draw, *samples, paired=True)
 
     def _interval(self, statistic: Callable, *samples: Tensor, **how: bool) -> dict[str, float]:
         generator = torch.Generator().manual_seed(self.seed)

@@ -88,9 +88,7 @@ def rewrite(model: nn.Module, taps: Mapping[str, Tap], before: Before | None = N
         yield
 
 
-def activations(
-    model: nn.Module, addresses: Iterable[str], images: Float[Tensor, "image *axes"]
-) -> dict[str, Tensor]:
+def activations(model: nn.Module, addresses: Iterable[str], images: Float[Tensor, "image *axes"]) -> dict[str, Tensor]:
     """Run the network just far enough to know the tensors at `addresses`, and return them.
 
     The addresses have to be resolved (`viscircuits.tracing.resolve`): of a module that would run
@@ -177,11 +175,11 @@ def watch_calls(
     with ExitStack() as stack:
         for name, module in model.named_modules():
 
-            def entering(module, args, kwargs, name=name):
+            def entering(module: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
                 if pass_depth() == depth:
                     before(name, module, args, kwargs)
 
-            def leaving(module, args, output, name=name):
+            def leaving(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
                 if pass_depth() == depth:
                     after(name, module, output)
 
@@ -380,7 +378,8 @@ def _put(output: Any, address: Address, new: Tensor) -> Any:
     key = _key(output, address)
     if isinstance(output, Mapping):
         original = next(k for k in output if str(k) == key)
-        changed = type(output)(output)  # a copy of the same kind
+        kind: Any = type(output)
+        changed = kind(output)  # a copy
         changed[original] = new
         return changed
     elements = [new if str(i) == key else value for i, value in enumerate(output)]

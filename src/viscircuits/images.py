@@ -455,7 +455,7 @@ def _folder(root: Path, base: Path) -> list[Entry]:
     entries = []
     for path in filter(_is_image, found):
         below = path.relative_to(root).parts
-        entries.append(_file(path, base, below[0] if len(below) > 1 else None))
+        entries.append(_file(path, base, below[0] if len(below) > 1 else root.name or None))
     if not entries:
         held = ", ".join(sorted({path.suffix for path in found if path.suffix})[:5]) or "nothing"
         raise ImageError(f"no image in folder {str(root)!r} or below (it holds {held}). Give {FORMS}.")

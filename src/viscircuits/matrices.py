@@ -7,8 +7,9 @@ kept in a safetensors file, and selected from many times.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ class Attributions:
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise FileFormatError(f"cannot read attributions from {str(path)!r}: {error}") from error
         if not isinstance(header, dict) or (header.get("schema"), header.get("version")) != (SCHEMA, VERSION):
@@ -170,7 +171,8 @@ class Attributions:
         try:
             layers, provenance = header["layers"], header["provenance"]
             parts = {
-                prefix: _part(prefix, layers, tensors, n, provenance[prefix]) for prefix, n in header["n_images"].items()
+                prefix: _part(prefix, layers, tensors, n, provenance[prefix])
+                for prefix, n in header["n_images"].items()
             }
             return replace(parts["concept"], reference=parts.get("reference"))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -189,10 +191,14 @@ def _part(prefix: str, layers: list[str], tensors: dict[str, Tensor], n_images: 
             tensors[f"{prefix}.{i}.signed"],
             tensors.get(f"{prefix}.{i}.per_image"),
         )
-        for i, (source, target) in enumerate(zip(layers[:-1], layers[1:], strict=True))
+        for i, (source, target) in enumerate(pairwise(layers))
     )
     activity = {layer: tensors[f"{prefix}.{i}.activity"] for i, layer in enumerate(layers)}
     return Attributions(matrices, activity, n_images, provenance)
+
+
+def _concept_alone(concept: Tensor, reference: Tensor) -> Tensor:
+    return concept
 
 
 def _difference(concept: Tensor, reference: Tensor) -> Tensor:
@@ -204,4 +210,8 @@ def _ratio(concept: Tensor, reference: Tensor) -> Tensor:
     return concept / (reference + scale) if scale > 0 else concept.clone()
 
 
-CONTRASTS = {"none": None, "difference": _difference, "ratio": _ratio}
+CONTRASTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "none": _concept_alone,
+    "difference": _difference,
+    "ratio": _ratio,
+}

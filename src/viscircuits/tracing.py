@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -249,7 +250,7 @@ def resolve(model: nn.Module, trace: Trace, addresses: Iterable[str]) -> list[La
         values[value] = address
     ordered = sorted(values)
     upstream = trace.ancestors(ordered)
-    for source, target in zip(ordered[:-1], ordered[1:], strict=True):
+    for source, target in pairwise(ordered):
         if source not in upstream[target]:
             raise LayerError(
                 f"no path leads from layer {values[source]!r} to layer {values[target]!r}; "
@@ -288,11 +289,11 @@ class _Recorder(TorchFunctionMode):
         self.counts: dict[str, int] = {}
         self.depth = pass_depth()
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if pass_depth() != self.depth:  # a pass that another context makes for itself
             return func(*args, **kwargs)
-        given = [t for t in _tensors((args, kwargs))]
+        given = list(_tensors((args, kwargs)))
         inputs = tuple(self._number(t) for t in given if id(t) not in self.weights)
         weights = tuple(self.weights[id(t)] for t in given if id(t) in self.weights)
         result = func(*args, **kwargs)
@@ -323,9 +324,7 @@ class _Recorder(TorchFunctionMode):
         self.counts[name] = index + 1
         container = isinstance(module, _CONTAINERS)
         kind = type(module).__name__
-        self.trace.calls.append(
-            Call(name, index, kind, container, inputs, outputs, tuple(item for item, _ in items))
-        )
+        self.trace.calls.append(Call(name, index, kind, container, inputs, outputs, tuple(item for item, _ in items)))
 
     def _number(self, tensor: Tensor) -> int:
         if id(tensor) not in self.numbers:
@@ -399,5 +398,9 @@ def _tensors(structure: Any) -> Iterator[Tensor]:
 
 
 def _items(output: Any) -> Iterator[tuple[str, Tensor]]:
-    pairs = output.items() if isinstance(output, dict) else enumerate(output if isinstance(output, tuple | list) else [output])
+    pairs = (
+        output.items()
+        if isinstance(output, dict)
+        else enumerate(output if isinstance(output, tuple | list) else [output])
+    )
     return ((str(key), value) for key, value in pairs if isinstance(value, Tensor))

@@ -36,7 +36,10 @@ def weight_norm(attributions: Attributions, model: nn.Module, trace: Trace) -> U
 
     None if at some layer no weights can be found that make its units.
     """
-    weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    weights: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     norms = {layer: _incoming_norm(trace, weights, trace.value(layer)) for layer in attributions.layers}
     widths = attributions.widths
     if any(norm is None or len(norm) != widths[layer] for layer, norm in norms.items()):
@@ -82,5 +85,6 @@ def _batch_norm_scale(operation: Operation, weights: Mapping[str, Tensor]) -> Te
     if "weight" in named:
         scale = named["weight"].abs()
     if "running_var" in named:
-        scale = scale / (named["running_var"] + 1e-5).sqrt()
+        epsilon = next((a for a in reversed(operation.arguments) if isinstance(a, float)), 1e-5)  # its last argument
+        scale = scale / (named["running_var"] + epsilon).sqrt()
     return scale

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,8 +64,8 @@ class Dense:
     rows: Tensor
 
 
-Cotangent = Union[One, Spread, Dense]
-Rule = Callable[["_Graph", Node, Cotangent], list[Union[Cotangent, None]]]
+Cotangent = One | Spread | Dense
+Rule = Callable[["_Graph", Node, Cotangent], list[Cotangent | None]]
 
 
 def blocks(
@@ -176,13 +176,15 @@ class _Graph:
                 if output != (self.end_output if following is self.end else 0):
                     raise Unsupported(f"{following.name()} with several outputs")
                 self._measure(each)
-                waiting[following] = _add(waiting[following], each, n_rows, shape_of(following)[1]) if following in waiting else each
+                waiting[following] = (
+                    _add(waiting[following], each, n_rows, shape_of(following)[1]) if following in waiting else each
+                )
         return waiting.get(self.end)
 
-    def slope(self, node: Node) -> Tensor:
+    def slope(self, node: Any) -> Tensor:
         """Derivative of an elementwise operation at every position: its cotangent of ones."""
         if node not in self.slopes:
-            meta = node._input_metadata[0]  # type: ignore[attr-defined]
+            meta = node._input_metadata[0]
             self.slopes[node] = node(torch.ones(tuple(meta.shape), dtype=meta.dtype, device=meta.device))
         return self.slopes[node]
 
@@ -191,9 +193,9 @@ class _Graph:
         self.row_bytes = max(self.row_bytes, n_bytes // len(cotangent.rows))
 
 
-def shape_of(node: Node) -> tuple[int, ...]:
+def shape_of(node: Any) -> tuple[int, ...]:
     """Shape of the value a node's cotangent belongs to."""
-    return tuple(node._input_metadata[0].shape)  # type: ignore[attr-defined]
+    return tuple(node._input_metadata[0].shape)
 
 
 def _dense(cotangent: Cotangent, n_channels: int) -> Dense:
@@ -208,7 +210,12 @@ def _dense(cotangent: Cotangent, n_channels: int) -> Dense:
 
 
 def _add(a: Cotangent, b: Cotangent, n_rows: int, n_channels: int) -> Cotangent:
-    if isinstance(a, One) and isinstance(b, One) and torch.equal(a.rows, b.rows) and torch.equal(a.channels, b.channels):
+    if (
+        isinstance(a, One)
+        and isinstance(b, One)
+        and torch.equal(a.rows, b.rows)
+        and torch.equal(a.channels, b.channels)
+    ):
         return One(a.maps + b.maps, a.channels, a.rows)
     dense = [_dense(each, n_channels) for each in (a, b)]
     n_images, _, _, height, width = dense[0].maps.shape
@@ -290,7 +297,7 @@ def _concatenation(graph: _Graph, node: Any, cotangent: Cotangent) -> list[Cotan
             raise Unsupported("a concatenation with a constant")
         stop = start + shape_of(following)[1]
         if following.name() == "torch::autograd::AccumulateGrad":
-            stop = start + following.variable.shape[1]  # type: ignore[attr-defined]
+            stop = start + following.variable.shape[1]
         passed.append(_slice_channels(cotangent, start, stop))
         start = stop
     return passed
@@ -429,7 +436,7 @@ RULES: Mapping[str, Rule] = {
     "AvgPool2DBackward0": _average_pool,
     "CloneBackward0": _pass_on,
     **dict.fromkeys(
-        (f"{name}Backward0" for name in (
+        (f"{name}Backward{variant}" for variant in (0, 1) for name in (  # 1: some that worked in place
             "Relu", "Hardtanh", "Gelu", "Silu", "Hardswish", "LeakyRelu", "Elu", "Sigmoid", "Hardsigmoid", "Tanh",
             "Softplus", "Mish", "Threshold",
         )),
