@@ -33,7 +33,7 @@ demo: $(VENV)/.has-demo
 	@$(BIN)/viscircuits demo $(DEMO_ARGS)
 
 test: $(VENV)/.has-test
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.has-dev
 	@$(BIN)/ruff check .

@@ -96,10 +96,10 @@ def write_tables(report: dict, path: Path) -> None:
     """Replace what stands between the two marks of the page by the tables of this run."""
     rows = report["rows"]
     lines = [
-        f"{rows[0]['n'][0]} held-out dogs (accuracy {rows[0]['baseline'][0]:.2f} untouched) and {rows[0]['n'][1]} others "
-        f"({rows[0]['baseline'][1]:.2f}); {report['n_find']} dogs and {report['n_reference']} others found the circuits; "
-        f"seed {report['seed']}; random is the mean of {report['draws']} draws; brackets are 95 % bootstrap intervals over "
-        "images. Each cell: **selectivity** [interval], then accuracy of dogs / others after removal.",
+        f"{rows[0]['n'][0]} held-out dogs (accuracy {rows[0]['baseline'][0]:.2f} untouched) and {rows[0]['n'][1]} "
+        f"others ({rows[0]['baseline'][1]:.2f}); {report['n_find']} dogs and {report['n_reference']} others found the "
+        f"circuits; seed {report['seed']}; random is the mean of {report['draws']} draws; brackets are 95 % bootstrap "
+        "intervals over images. Each cell: **selectivity** [interval], then accuracy of dogs / others after removal.",
     ]
     names = sorted(dict.fromkeys(row["name"] for row in rows), key=lambda name: not name.startswith("CLA"))
     for place, layers in report["layers"].items():

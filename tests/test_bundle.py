@@ -26,9 +26,10 @@ CIRCUIT = Circuit(
     {"objective": 0.1, "refine": "coordinate"},
     {"model": "tiny", "images": {"names": ["ä.png", "</script>.png"]}},
 )
+NUMBERS = torch.rand(2, 3, generator=torch.Generator().manual_seed(0))
 ATTRIBUTIONS = Attributions(
-    (AttributionMatrix("block/a:in", "b", torch.rand(2, 3), -torch.rand(2, 3)),),
-    {"block/a:in": torch.rand(3), "b": torch.rand(2)},
+    (AttributionMatrix("block/a:in", "b", NUMBERS, -NUMBERS),),
+    {"block/a:in": NUMBERS[0], "b": NUMBERS[:, 0]},
     n_images=5,
     provenance={"score": "cla"},
 )
@@ -42,9 +43,12 @@ def picture(colour: str) -> Image.Image:
 
 
 PICTURES = {
-    A: [Exemplar("x/one.png", 2.5, (0, 0, 24, 30), picture("red")), Exemplar("two.png", 0.3, (1, 2, 25, 32), picture("blue"))],
+    A: [
+        Exemplar("x/one.png", 2.5, (0, 0, 24, 30), picture("red")),
+        Exemplar("two.png", 0.3, (1, 2, 25, 32), picture("blue")),
+    ],
     B: [Exemplar("x/one.png", 1 / 3, (5, 5, 29, 35), picture("green"))],
-}  # fmt: skip
+}
 FULL = Bundle(CIRCUIT, ATTRIBUTIONS, EVALUATION, PICTURES, "dög & <cat>", "viscircuits discover --units '10%'")
 
 

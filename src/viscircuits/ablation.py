@@ -359,8 +359,8 @@ class _EdgePruning(_Replacing):
     def _recompute(self, target: str, images: Tensor) -> Tap:
         """One partial forward pass for each distinct set of pruned sources."""
         groups: dict[frozenset[Unit], list[int]] = {}
-        for index, sources in self.pruned[target].items():
-            groups.setdefault(frozenset(sources), []).append(index)
+        for index, units in self.pruned[target].items():
+            groups.setdefault(frozenset(units), []).append(index)
         axis = self.layers[target].unit_axis
         found: dict[int, Tensor] = {}
         for sources, indices in groups.items():

@@ -9,11 +9,10 @@ import json
 import shlex
 import sys
 import webbrowser
-from collections.abc import Callable
-from enum import Enum
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -36,15 +35,11 @@ MODEL_HELP = "lite0, squeezenet1_1, torchvision:NAME, timm:NAME or open_clip:ARC
 IMAGES_HELP = "A folder, image file, list file (.txt, .csv), tar shards, or render:CONCEPT."
 
 
-def _choices(name: str, *values: str) -> type[Enum]:
-    return Enum(name, {value.replace("-", "_"): value for value in values}, type=str)
-
-
-Score = _choices("Score", "cla", "grad-x-act", "signed", "gradient")
-Summary = _choices("Summary", "norm", "mean", "sum", "max")
-Contrast = _choices("Contrast", "none", "difference", "ratio")
-Refine = _choices("Refine", "coordinate", "paper", "none")
-Ablation = _choices("Ablation", "zero", "mean", "resample", "noise")
+Score = Literal["cla", "grad-x-act", "signed", "gradient"]
+Summary = Literal["norm", "mean", "sum", "max"]
+Contrast = Literal["none", "difference", "ratio"]
+Refine = Literal["coordinate", "paper", "none"]
+Ablation = Literal["zero", "mean", "resample", "noise"]
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Images = Annotated[str, typer.Argument(metavar="IMAGES", help=IMAGES_HELP)]
@@ -119,28 +114,26 @@ def layers(model: Model, weights: Weights = "default", as_json: Json = False) ->
 def discover(
     model: Model,
     images: Images,
-    reference: Annotated[Optional[str], typer.Option(metavar="IMAGES", help="Images without the concept.")] = None,
-    test: Annotated[
-        Optional[str], typer.Option(metavar="IMAGES", help="Test on these, not on a held-out part.")
-    ] = None,
+    reference: Annotated[str | None, typer.Option(metavar="IMAGES", help="Images without the concept.")] = None,
+    test: Annotated[str | None, typer.Option(metavar="IMAGES", help="Test on these, not on a held-out part.")] = None,
     others: Annotated[
-        Optional[str], typer.Option(metavar="IMAGES", help="Others to test on, not a held-out part of the reference.")
+        str | None, typer.Option(metavar="IMAGES", help="Others to test on, not a held-out part of the reference.")
     ] = None,
     find_with: Annotated[
-        Optional[int], typer.Option(help="Images of each set that find the circuit; default half, at most 32.")
+        int | None, typer.Option(help="Images of each set that find the circuit; default half, at most 32.")
     ] = None,
     layer_names: Annotated[
-        Optional[str], typer.Option("--layers", metavar="A,B,…", help="Layers; default the post-activation ones.")
+        str | None, typer.Option("--layers", metavar="A,B,…", help="Layers; default the post-activation ones.")
     ] = None,
     units: Annotated[str, typer.Option(metavar="K|10%", help="Units per layer.")] = "10%",
-    score: Annotated[Score, typer.Option(help="How a connection is scored.")] = Score.cla,  # type: ignore[valid-type]
-    summary: Annotated[Summary, typer.Option(help="What a target's map is summed up in.")] = Summary.norm,  # type: ignore[valid-type]
+    score: Annotated[Score, typer.Option(help="How a connection is scored.")] = "cla",
+    summary: Annotated[Summary, typer.Option(help="What a target's map is summed up in.")] = "norm",
     contrast: Annotated[
-        Optional[Contrast],  # type: ignore[valid-type]
+        Contrast | None,
         typer.Option(help="Concept against reference; default difference if there is one."),
     ] = None,
-    refine: Annotated[Refine, typer.Option(help="How the choice is improved.")] = Refine.coordinate,  # type: ignore[valid-type]
-    ablation: Annotated[Ablation, typer.Option(help="What a removed value becomes.")] = Ablation.zero,  # type: ignore[valid-type]
+    refine: Annotated[Refine, typer.Option(help="How the choice is improved.")] = "coordinate",
+    ablation: Annotated[Ablation, typer.Option(help="What a removed value becomes.")] = "zero",
     labels: Labels = "auto",
     weights: Weights = "default",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the result.")] = Path("circuit"),
@@ -165,11 +158,11 @@ def discover(
         find_with=find_with,
         layers=layer_names.split(",") if layer_names else None,
         units=_units(units),
-        score=score.value,
-        summary=summary.value,
-        contrast=contrast.value if contrast else None,
-        refine=refine.value,
-        ablation=ablation.value,
+        score=score,
+        summary=summary,
+        contrast=contrast,
+        refine=refine,
+        ablation=ablation,
         labels=None if labels == "none" else labels,
         draws=draws,
         n_pictures=pictures,
@@ -187,13 +180,13 @@ def discover(
 def evaluate(
     folder: Folder,
     images: Images,
-    others: Annotated[Optional[str], typer.Option(metavar="IMAGES", help="Images without the concept.")] = None,
+    others: Annotated[str | None, typer.Option(metavar="IMAGES", help="Images without the concept.")] = None,
     reference: Annotated[
-        Optional[str], typer.Option(metavar="IMAGES", help="Where mean, resample and noise take their values from.")
+        str | None, typer.Option(metavar="IMAGES", help="Where mean, resample and noise take their values from.")
     ] = None,
-    ablation: Annotated[Ablation, typer.Option(help="What a removed value becomes.")] = Ablation.zero,  # type: ignore[valid-type]
+    ablation: Annotated[Ablation, typer.Option(help="What a removed value becomes.")] = "zero",
     labels: Labels = "auto",
-    weights: Annotated[Optional[str], typer.Option(help="If the model's weights are elsewhere now.")] = None,
+    weights: Annotated[str | None, typer.Option(help="If the model's weights are elsewhere now.")] = None,
     draws: Annotated[int, typer.Option(help="Random circuits to compare with.")] = 5,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 8,
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
@@ -207,7 +200,7 @@ def evaluate(
         images,
         others=others,
         reference=reference,
-        ablation=ablation.value,
+        ablation=ablation,
         labels=None if labels == "none" else labels,
         weights=weights,
         draws=draws,
@@ -222,19 +215,19 @@ def evaluate(
 @_reports_mistakes
 def edit(
     folder: Folder,
-    out: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Default DIR/edited.safetensors.")] = None,
-    onnx: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Also export to ONNX.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default DIR/edited.safetensors.")] = None,
+    onnx: Annotated[Path | None, typer.Option(metavar="FILE", help="Also export to ONNX.")] = None,
     images: Annotated[
-        Optional[str], typer.Option(metavar="IMAGES", help="To check the edit on; default those of the circuit.")
+        str | None, typer.Option(metavar="IMAGES", help="To check the edit on; default those of the circuit.")
     ] = None,
     reference: Annotated[
-        Optional[str], typer.Option(metavar="IMAGES", help="For mean ablation; default that of the circuit.")
+        str | None, typer.Option(metavar="IMAGES", help="For mean ablation; default that of the circuit.")
     ] = None,
     ablation: Annotated[
-        Optional[Ablation],  # type: ignore[valid-type]
+        Ablation | None,
         typer.Option(help="zero or mean; default that of the circuit."),
     ] = None,
-    weights: Annotated[Optional[str], typer.Option(help="If the model's weights are elsewhere now.")] = None,
+    weights: Annotated[str | None, typer.Option(help="If the model's weights are elsewhere now.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write the model without the circuit, checked against the ablated model on real images."""
@@ -247,7 +240,7 @@ def edit(
         onnx=onnx,
         images=images,
         reference=reference,
-        ablation=ablation.value if ablation else None,
+        ablation=ablation,
         weights=weights,
     )
     if as_json:
@@ -358,31 +351,29 @@ def _command() -> str:
 
 
 def _print_result(bundle: Bundle, out: Path, as_json: bool) -> None:
-    evaluation = bundle.evaluation
+    circuit, evaluation = bundle.circuit, bundle.evaluation
+    data = {} if evaluation is None else dict(evaluation.data)
     if as_json:
-        typer.echo(
-            json.dumps({"folder": str(out), "circuit": bundle.circuit.to_json(), "evaluation": dict(evaluation.data)})
-        )
+        typer.echo(json.dumps({"folder": str(out), "circuit": circuit.to_json(), "evaluation": data}))
         return
-    circuit = bundle.circuit
+    chosen = circuit.selection
     typer.echo(f"{bundle.title}: {circuit.n_units} units in {len(circuit.layers)} layers, {len(circuit.edges)} edges")
-    selection = circuit.selection
-    typer.echo(
-        f"attribution inside {selection['objective']:.4g}, no circuit of this size has more than {selection['upper_bound']:.4g}"
-    )
-    typer.echo("")
-    typer.echo(evaluation.table())
-    typer.echo("")
-    if evaluation.faithfulness is not None:
+    typer.echo(f"attribution inside it {chosen['objective']:.4g}, of {chosen['upper_bound']:.4g} at most for this size")
+    if evaluation is not None:
+        typer.echo(f"\n{evaluation.table()}\n")
         share = evaluation.faithfulness
-        typer.echo(f"the circuit alone keeps {share.value:.2f} [{share.low:.2f}, {share.high:.2f}] of the behaviour")
-    for images in (circuit.provenance.get("images"), *evaluation.data["images"].values()):
+        if share is not None:
+            interval = f"[{share.low:.2f}, {share.high:.2f}]"
+            typer.echo(f"the circuit alone keeps {share.value:.2f} {interval} of the behaviour")
+    for images in (circuit.provenance.get("images"), *data.get("images", {}).values()):
         for name, reason in (images or {}).get("skipped", ()):
             typer.echo(f"skipped {name}: {reason}", err=True)
+        if (images or {}).get("left_out"):
+            typer.echo(f"left {images['left_out']} test images out that had found the circuit", err=True)
     typer.echo(f"see {out / 'index.html'}")
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -372,8 +372,8 @@ def _part(
         raise ImageError(f"the {what} set is a stream of unknown length; say how many of it to use (--find-with N)")
     if count is not None and count < 2:
         raise ImageError(
-            f"the {what} set {images.address!r} has {count} image; at least 2 are needed, to find with one and test on the other. "
-            "Give test images of their own (--test IMAGES), or more images."
+            f"the {what} set {images.address!r} has {count} image; at least 2 are needed, "
+            "to find with one and test on the other. Give test images of their own (--test IMAGES), or more images."
         )
     n = min(MOST_TO_FIND, (count or 0) // 2) if find_with is None else find_with
     if n < 1 or (count is not None and n >= count):

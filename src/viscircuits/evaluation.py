@@ -380,7 +380,7 @@ def find_labels(spec: ModelSpec, sets: Iterable[Images], labels: LabelSource | N
         pairs = list(zip(batch.names, batch.labels, strict=True))
         new = [pair for pair in pairs if pair not in known]  # further on in a stream
         if new:
-            matched = match_labels(*zip(*new, strict=True), spec.classes, table=table, partly=True)
+            matched = match_labels([n for n, _ in new], [g for _, g in new], spec.classes, table=table, partly=True)
             known.update(zip(new, matched.indices, strict=True))
         unlabelled = [name for name, label in pairs if known[name, label] is None]
         if unlabelled:

@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from viscircuits.circuit import Unit
 from viscircuits.errors import ImageError, LayerError
 from viscircuits.hooks import activations, evaluating
-from viscircuits.images import Batch, ImageSet, batches
+from viscircuits.images import ImageSet, batches
 from viscircuits.layers import by_unit
 
 ENERGY = 0.9

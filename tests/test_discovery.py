@@ -1,0 +1,464 @@
+"""From images to a result folder and on, with a tiny network and rendered concepts."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from viscircuits import discovery, evaluation, wrap
+from viscircuits.ablation import ablate, measure
+from viscircuits.attribution import attribute
+from viscircuits.bundle import Bundle
+from viscircuits.circuit import Circuit
+from viscircuits.discovery import concept_name, discover, edit_from, evaluate_again, strongest
+from viscircuits.errors import ImageError, LayerError, ModelError, ViscircuitsError
+from viscircuits.hooks import count_hooks
+from viscircuits.images import batches, open_images
+from viscircuits.models import ModelSpec, load_state
+
+GRATING, COLOUR = "render:grating,size=32,n=6", "render:colour,size=32,n=6"
+LAYERS = ("1", "3", "5")
+OPTIONS = {
+    "reference": COLOUR, "units": 2, "draws": 2, "n_pictures": 1, "edge_fractions": (1.0,),
+    "command": "viscircuits discover tiny render:grating",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_draws():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "N_BOOTSTRAP", 20)
+        yield
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    pixels = torch.frombuffer(bytearray(image.resize((24, 24)).tobytes()), dtype=torch.uint8)
+    return pixels.reshape(24, 24, 3).permute(2, 0, 1).float() / 255 - 0.5
+
+
+def tiny(seed: int = 0) -> ModelSpec:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(8, 5, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4),
+        )  # fmt: skip
+    return wrap(net.eval(), to_tensor, LAYERS, address="tiny")
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, without the time in circuit.json."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    data = json.loads(found["circuit.json"])
+    del data["created"]
+    return {**found, "circuit.json": json.dumps(data).encode()}
+
+
+def refuse(*args, **options):
+    raise AssertionError("attribution was computed")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, Bundle]:
+    """A result folder and the bundle it came from."""
+    folder = tmp_path_factory.mktemp("run") / "grating"
+    return folder, discover(tiny(), GRATING, folder, **OPTIONS)
+
+
+@pytest.fixture
+def folder(run, tmp_path) -> Path:
+    """A copy of the result folder that a test may change."""
+    for name, content in {str(p.relative_to(run[0])): p.read_bytes() for p in run[0].rglob("*") if p.is_file()}.items():
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(content)
+    return tmp_path / "copy"
+
+
+@pytest.fixture
+def photographs_of_noise(tmp_path) -> Path:
+    """A folder of four photographs and two files that are none."""
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        pixels = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    (tmp_path / "photos" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "photos" / "notes.txt").write_text("no picture either")
+    return tmp_path / "photos"
+
+
+def shards(path: Path, n: int) -> Path:
+    """A tar of `n` pictures, which is read as a stream."""
+    with tarfile.open(path, "w") as tar:
+        for i in range(n):
+            buffer = io.BytesIO()
+            Image.new("RGB", (32, 32), (40 * i, 100, 200 - 40 * i)).save(buffer, "PNG")
+            member = tarfile.TarInfo(f"{i:03d}.png")
+            member.size = buffer.tell()
+            buffer.seek(0)
+            tar.addfile(member, buffer)
+    return path
+
+
+# ------------------------------------------------------------------ the folder
+
+
+def test_a_run_leaves_the_whole_folder_and_it_reads_back_as_what_was_found(run):
+    folder, found = run
+    assert {path.name for path in folder.iterdir()} == {
+        "circuit.json", "attributions.safetensors", "evaluation.json", "pictures", "index.html",
+    }  # fmt: skip
+    loaded = Bundle.load(folder)
+    assert loaded.circuit == found.circuit
+    assert loaded.evaluation == found.evaluation
+    assert (loaded.title, loaded.command) == ("grating", OPTIONS["command"])
+    for mine, theirs in zip(loaded.attributions.matrices, found.attributions.matrices, strict=True):
+        assert torch.equal(mine.values, theirs.values) and torch.equal(mine.signed, theirs.signed)
+    assert {unit: [(e.name, e.activation, e.box, e.image.tobytes()) for e in each] for unit, each in loaded.pictures.items() if each} == {
+        unit: [(e.name, e.activation, e.box, e.image.tobytes()) for e in each] for unit, each in found.pictures.items() if each
+    }  # fmt: skip
+    assert loaded.pictures.keys() <= set(found.circuit)
+
+
+def test_the_same_inputs_give_the_same_bytes_but_for_the_time(run, tmp_path):
+    discover(tiny(), GRATING, tmp_path, **OPTIONS)
+    assert bytes_of(tmp_path) == bytes_of(run[0])
+
+
+def test_the_page_asks_nothing_of_the_network(run):
+    page = (run[0] / "index.html").read_text(encoding="utf-8")
+    assert not re.search(r"""(src|href|action)\s*=\s*["']?\s*(https?:)?//""", page)
+    assert not re.search(r"@import|url\(\s*[\"']?(https?:)?//|\bfetch\(|XMLHttpRequest|WebSocket|import\(", page)
+
+
+def test_without_a_folder_nothing_is_written(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = discover(tiny(), GRATING, **OPTIONS)
+    assert found.circuit == run[1].circuit
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_circuit_says_what_made_it(run):
+    circuit, spec = run[1].circuit, tiny()
+    made = circuit.provenance
+    assert made["model"] == "tiny"
+    assert made["weights"] == spec.weights_digest()
+    assert made["layers"] == list(LAYERS) == list(circuit.layers)
+    assert (made["score"], made["summary"], made["ablation"], made["seed"]) == ("cla", "norm", "zero", 0)
+    assert made["images"]["n"] == len(made["images"]["names"]) == len(set(made["images"]["digests"])) == 3
+    assert made["versions"]["torch"] == torch.__version__
+    assert all(len(units) == 2 for units in circuit.units.values())
+
+
+def test_the_images_that_test_are_not_those_that_found(run):
+    circuit, tested = run[1].circuit, run[1].evaluation.data["images"]
+    assert (tested["concept"]["n"], tested["others"]["n"]) == (3, 3)
+    assert (tested["concept"]["left_out"], tested["others"]["left_out"]) == (0, 0)
+    assert not set(tested["concept"]["digests"]) & set(circuit.provenance["images"]["digests"])
+    assert not set(tested["others"]["digests"]) & set(circuit.provenance["reference"]["digests"])
+
+
+def test_test_images_of_their_own_leave_every_image_to_find_with():
+    test, others = "render:curve,size=32,n=2", "render:circle,size=32,n=3"
+    found = discover(tiny(), GRATING, test=test, others=others, **{**OPTIONS, "n_pictures": 0})
+    assert found.circuit.provenance["images"]["n"] == 6
+    assert {name: each["n"] for name, each in found.evaluation.data["images"].items()} == {"concept": 2, "others": 3}
+    assert not found.pictures
+
+
+def test_others_need_no_reference():
+    found = discover(tiny(), GRATING, others=COLOUR, **{**OPTIONS, "reference": None, "n_pictures": 0})
+    assert "reference" not in found.circuit.provenance
+    assert found.evaluation.data["images"]["others"]["n"] == 6
+    assert found.attributions.reference is None
+
+
+def test_the_network_is_left_as_it_was(run):
+    spec = tiny()
+    before = {name: value.clone() for name, value in spec.model.state_dict().items()}
+    discover(spec, GRATING, **OPTIONS)
+    assert count_hooks(spec.model) == 0
+    assert all(torch.equal(value, before[name]) for name, value in spec.model.state_dict().items())
+
+
+# ------------------------------------------------------------------ going on where a run stood
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"units": 3}, {"refine": "paper"}, {"contrast": "none"}, {"ablation": "mean"}, {"title": "stripes"}],
+    ids=lambda change: " ".join(change) or "nothing",
+)
+def test_a_second_run_into_the_folder_takes_the_attributions_from_there(folder, run, change, tmp_path, monkeypatch):
+    monkeypatch.setattr(discovery, "attribute", refuse)
+    discover(tiny(), GRATING, folder, **{**OPTIONS, **change})
+    if not change:
+        assert bytes_of(folder) == bytes_of(run[0])
+    assert (folder / "attributions.safetensors").read_bytes() == (run[0] / "attributions.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"score": "signed"},
+        {"summary": "mean"},
+        {"layers": ["1", "5"]},
+        {"find_with": 2},
+        {"seed": 1},
+        {"reference": None},
+    ],
+    ids=lambda change: " ".join(change),
+)
+def test_attributions_of_something_else_are_not_taken(folder, change, monkeypatch):
+    monkeypatch.setattr(discovery, "attribute", refuse)
+    with pytest.raises(AssertionError, match="was computed"):
+        discover(tiny(), GRATING, folder, **{**OPTIONS, **change})
+
+
+@pytest.mark.parametrize("what", ["weights", "images", "damaged"])
+def test_attributions_of_another_network_or_concept_or_damaged_ones_are_not_taken(folder, what, monkeypatch):
+    if what == "damaged":
+        (folder / "attributions.safetensors").write_bytes(b"half a file")
+    monkeypatch.setattr(discovery, "attribute", refuse)
+    images = "render:curve,size=32,n=6" if what == "images" else GRATING
+    with pytest.raises(AssertionError, match="was computed"):
+        discover(tiny(seed=1 if what == "weights" else 0), images, folder, **OPTIONS)
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(run, tmp_path, monkeypatch):
+    def kill(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(discovery, "evaluate", kill)
+        with pytest.raises(KeyboardInterrupt):
+            discover(tiny(), GRATING, tmp_path, **OPTIONS)
+    monkeypatch.setattr(discovery, "attribute", refuse)
+    discover(tiny(), GRATING, tmp_path, **OPTIONS)
+    assert bytes_of(tmp_path) == bytes_of(run[0])
+
+
+def test_a_rerun_with_fewer_units_and_no_pictures_leaves_none_of_the_old_ones(folder):
+    discover(tiny(), GRATING, folder, **{**OPTIONS, "units": 1, "n_pictures": 0})
+    assert not Bundle.load(folder).pictures
+    assert not list(folder.rglob("*.png"))
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "error", "names"),
+    [
+        ("render:grating,size=32,n=1", {}, ImageError, "has 1 image.*--test"),
+        (GRATING, {"reference": "render:colour,size=32,n=1"}, ImageError, "reference set .*has 1 image"),
+        (GRATING, {"find_with": 6}, ImageError, "6 of 6"),
+        (GRATING, {"find_with": 0}, ImageError, "0 of 6"),
+        (GRATING, {"reference": None, "contrast": "difference"}, ViscircuitsError, "'difference' needs reference"),
+        (GRATING, {"reference": None, "ablation": "mean"}, ViscircuitsError, "'mean' needs reference"),
+        (GRATING, {"score": "clap"}, ViscircuitsError, "clap.*'cla'"),
+        (GRATING, {"summary": "median"}, ViscircuitsError, "median"),
+        (GRATING, {"contrast": "quotient"}, ViscircuitsError, "quotient"),
+        (GRATING, {"refine": "annealing"}, ViscircuitsError, "annealing"),
+        (GRATING, {"ablation": "median"}, ViscircuitsError, "median"),
+        (GRATING, {"units": 9}, ViscircuitsError, "9"),
+        (GRATING, {"layers": ["1", "nowhere"]}, LayerError, "nowhere"),
+        (GRATING, {"labels": {"elsewhere.png": "red"}}, ViscircuitsError, "elsewhere"),
+        ("no/such/folder", {}, ImageError, "no/such/folder"),
+        (GRATING, {"others": "no/such/folder"}, ImageError, "no/such/folder"),
+    ],
+)
+def test_a_mistake_shows_before_the_work_and_leaves_no_folder(images, options, error, names, tmp_path, monkeypatch):
+    monkeypatch.setattr(discovery, "attribute", refuse)
+    with pytest.raises(error, match=names):
+        discover(tiny(), images, tmp_path / "out", **{**OPTIONS, **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_cannot_go_into_a_file(tmp_path):
+    (tmp_path / "out").write_text("here already")
+    with pytest.raises(ViscircuitsError, match="is a file"):
+        discover(tiny(), GRATING, tmp_path / "out", **OPTIONS)
+    assert (tmp_path / "out").read_text() == "here already"
+
+
+def test_a_stream_says_how_many_of_it_find_the_circuit(tmp_path):
+    stream = shards(tmp_path / "a.tar", 5)
+    options = {**OPTIONS, "reference": None, "n_pictures": 0}
+    with pytest.raises(ImageError, match="stream of unknown length.*--find-with"):
+        discover(tiny(), stream, **options)
+    found = discover(tiny(), stream, find_with=2, **options)
+    assert found.circuit.provenance["images"]["n"] == 2
+    assert found.evaluation.data["images"]["concept"]["n"] == 3
+
+
+def test_an_unreadable_image_is_named_skipped_and_counted_and_strict_stops(photographs_of_noise, tmp_path):
+    options = {**OPTIONS, "reference": None, "test": "render:curve,size=32,n=2", "n_pictures": 0}
+    discover(tiny(), photographs_of_noise, tmp_path / "out", **options)
+    made = json.loads((tmp_path / "out" / "circuit.json").read_text())["provenance"]["images"]
+    assert made["n"] == 4
+    assert [name for name, _ in made["skipped"]] == ["broken.png"]
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        discover(tiny(), photographs_of_noise, tmp_path / "strict", strict=True, **options)
+
+
+# ------------------------------------------------------------------ evaluating again
+
+
+@pytest.fixture
+def loads_tiny(monkeypatch) -> list[tuple]:
+    """`load_model` gives the tiny network; the list fills with what it was asked for."""
+    asked: list[tuple] = []
+
+    def load(address: str, *, weights="default") -> ModelSpec:
+        asked.append((address, weights))
+        return tiny()
+
+    monkeypatch.setattr(discovery, "load_model", load)
+    return asked
+
+
+def test_evaluating_again_renews_the_evaluation_and_nothing_that_was_found(folder, run, loads_tiny):
+    test, others = "render:grating,size=32,n=2,seed=9", "render:colour,size=32,n=3,seed=9"
+    found = evaluate_again(folder, test, others=others, ablation="mean", draws=2)
+    assert loads_tiny == [("tiny", "default")]
+    assert found.evaluation.data["ablation"] == "mean"
+    assert {name: each["n"] for name, each in found.evaluation.data["images"].items()} == {"concept": 2, "others": 3}
+    after, before = bytes_of(folder), bytes_of(run[0])
+    assert {name for name in after if after[name] != before[name]} == {"evaluation.json", "index.html"}
+    assert after.keys() == before.keys()
+    assert Bundle.load(folder).evaluation == found.evaluation
+
+
+def test_evaluating_again_on_the_same_images_leaves_those_out_that_found_the_circuit(folder, run, loads_tiny):
+    again = evaluate_again(folder, GRATING, others=COLOUR, draws=2).evaluation.data
+    assert again["images"]["concept"]["left_out"] == again["images"]["others"]["left_out"] == 3
+    assert again["circuits"][0] == run[1].evaluation.data["circuits"][0]
+
+
+def test_evaluating_again_needs_a_reference_for_means(folder, run, loads_tiny):
+    with pytest.raises(ViscircuitsError, match="'mean' needs reference"):
+        evaluate_again(folder, GRATING, ablation="mean")
+    found = evaluate_again(folder, GRATING, reference=COLOUR, ablation="mean", draws=2)
+    assert "others" not in found.evaluation.data["images"]
+    with pytest.raises(ViscircuitsError, match=r"no circuit at"):
+        evaluate_again(folder / "nowhere", GRATING)
+
+
+def test_a_circuit_finds_its_model_again_or_says_that_it_is_another(folder, monkeypatch):
+    monkeypatch.setattr(discovery, "load_model", lambda address, weights: tiny(seed=1))
+    with pytest.raises(ModelError, match="'tiny' are not those"):
+        evaluate_again(folder, GRATING)
+    monkeypatch.undo()
+    with pytest.raises(ModelError, match="no model 'tiny'"):
+        evaluate_again(folder, GRATING)
+    with pytest.raises(ModelError, match="does not say which model"):
+        discovery.model_of(Circuit({"1": (0,)}, {"1": 6}))
+
+
+def test_weights_are_looked_for_where_they_were_or_where_the_caller_says(run, loads_tiny):
+    circuit = run[1].circuit
+    discovery.model_of(replace(circuit, provenance={**circuit.provenance, "weights_from": "none"}))
+    discovery.model_of(circuit, weights="elsewhere.safetensors")
+    assert loads_tiny == [("tiny", "none"), ("tiny", "elsewhere.safetensors")]
+
+
+# ------------------------------------------------------------------ editing from a folder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ablation", [None, "zero", "mean"])
+def test_an_edit_from_a_folder_is_the_ablation_with_the_reference_of_the_circuit(
+    folder, loads_tiny, ablation, tmp_path
+):
+    out = tmp_path / "edited.safetensors"
+    edited, onnx = edit_from(folder, out, ablation=ablation)
+    spec, bundle = tiny(), Bundle.load(folder)
+    part = discovery.split(open_images(COLOUR), 3, seed=0)[0]
+    statistics = measure(spec, part, LAYERS)
+    images = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    with ablate(spec, bundle.circuit, ablation or "zero", reference=statistics):
+        expected = spec.model(images)
+    assert torch.allclose(edited.model(images), expected, atol=1e-6)
+    assert torch.equal(load_state(tiny(seed=3).model, out)(images), edited.model(images))
+    assert onnx is None
+    assert not torch.allclose(spec.model(images), expected, atol=1e-4)
+
+
+def test_an_edit_takes_the_folders_own_ablation(loads_tiny, tmp_path):
+    discover(tiny(), GRATING, tmp_path, **{**OPTIONS, "ablation": "mean", "n_pictures": 0})
+    assert edit_from(tmp_path, tmp_path / "edited.safetensors")[0].provenance["ablation"] == "mean"
+
+
+def test_an_edit_is_checked_on_the_images_that_found_the_circuit_unreadable_ones_among_them(
+    photographs_of_noise, loads_tiny, tmp_path, monkeypatch
+):
+    options = {**OPTIONS, "reference": None, "n_pictures": 0, "find_with": 4}
+    found = discover(tiny(), photographs_of_noise, tmp_path / "out", **options)
+    assert found.circuit.provenance["images"]["skipped"]
+    checked = []
+    monkeypatch.setattr(discovery, "edit", lambda spec, circuit, images, **how: checked.append(images) or _Nothing())
+    edit_from(tmp_path / "out", tmp_path / "edited.safetensors")
+    expected = attribute(tiny(), checked[0], LAYERS).matrices
+    assert torch.allclose(expected[0].values, found.attributions.matrices[0].values)
+
+
+class _Nothing:
+    def save(self, path) -> None:
+        pass
+
+
+@pytest.mark.parametrize("gone", ["changed", "in memory"])
+def test_images_that_are_not_there_any_more_are_asked_for(gone, photographs_of_noise, loads_tiny, tmp_path):
+    options = {**OPTIONS, "reference": None, "n_pictures": 0}
+    images = [Image.open(path) for path in sorted(photographs_of_noise.glob("?.png"))]
+    discover(tiny(), images if gone == "in memory" else photographs_of_noise, tmp_path / "out", **options)
+    Image.new("RGB", (32, 32)).save(photographs_of_noise / "2.png")
+    for path in photographs_of_noise.glob("[01].png"):
+        path.rename(path.with_name(f"new-{path.name}"))
+    with pytest.raises(ImageError, match="--images IMAGES"):
+        edit_from(tmp_path / "out", tmp_path / "edited.safetensors")
+    assert edit_from(tmp_path / "out", tmp_path / "edited.safetensors", images=GRATING)[0].folded == LAYERS
+    with pytest.raises(ViscircuitsError, match="'mean' needs reference"):
+        edit_from(tmp_path / "out", tmp_path / "edited.safetensors", images=GRATING, ablation="mean")
+
+
+# ------------------------------------------------------------------ names and the strongest units
+
+
+@pytest.mark.parametrize(
+    ("images", "name"),
+    [
+        ("photos/dogs", "dogs"),
+        (Path("photos/dogs/"), "dogs"),
+        ("lists/dogs.csv", "dogs"),
+        ("render:text,word=cat,n=4", "text"),
+        (["a.png", "b.png"], "concept"),
+    ],
+)
+def test_a_concept_is_called_after_its_folder_or_file(images, name):
+    assert concept_name(images) == name
+
+
+def test_the_strongest_units_of_each_layer_stand_in_the_circuits_order():
+    circuit = Circuit({"a": (1, 4, 5), "b": (0, 2)}, {"a": 6, "b": 3}, {"a": (0.1, 3.0, 2.0), "b": (1.0, 1.0)})
+    assert [str(unit) for unit in strongest(circuit, 2)] == ["a:4", "a:5", "b:0", "b:2"]
+    assert [str(unit) for unit in strongest(circuit, 1)] == ["a:4", "b:0"]
+
+
+def test_pictures_are_of_the_strongest_units_and_of_images_that_found_the_circuit(run):
+    found = discover(tiny(), GRATING, **{**OPTIONS, "n_pictures": 3, "n_pictured": 1})
+    assert set(found.pictures) == set(strongest(found.circuit, 1))
+    names = {exemplar.name for exemplars in found.pictures.values() for exemplar in exemplars}
+    assert names <= set(found.circuit.provenance["images"]["names"])
+    (batch,) = batches(open_images(GRATING), to_tensor, 6)
+    assert names <= set(batch.names)
