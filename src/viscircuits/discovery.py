@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from viscircuits.ablation import measure
+from viscircuits.ablation import ABLATIONS, measure
 from viscircuits.attribution import attribute, describe, find_layers, versions
 from viscircuits.bundle import Bundle
 from viscircuits.circuit import Circuit, Unit
@@ -133,6 +133,7 @@ def discover(
     choose(REFINEMENTS, refine, "refinement")
     contrast = contrast or ("none" if reference is None else "difference")
     choose(CONTRASTS, contrast, "contrast")
+    choose(ABLATIONS, ablation, "ablation")
     _check_reference(contrast, ablation, reference)
     concept, tested = _part("concept", images, test, find_with, seed, strict)
     background, untested = (
@@ -396,13 +397,14 @@ def _saved(
         "weights": spec.weights_digest(),
         "weights_from": spec.weights,
         **options,
+        "engines": found.provenance.get("engines"),  # these give the same numbers
         "images": _described(spec, concept),
         "versions": versions(),
     }
     if reference is not None:
         expected["reference"] = _described(spec, reference)
-    provenance = {key: value for key, value in found.provenance.items() if key != "engines"}
-    return found if provenance == expected else None
+    # in the order of a fresh run: a header's entries are sorted
+    return replace(found, provenance=expected) if found.provenance == expected else None
 
 
 def _described(spec: ModelSpec, images: ImageSet) -> dict[str, Any]:
