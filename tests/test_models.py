@@ -18,7 +18,8 @@ from torch import nn
 
 import viscircuits.models as models
 from viscircuits.errors import ModelError
-from viscircuits.models import FAMILIES, default_layers, digest_weights, load_model, load_state, read_arrays, wrap
+from viscircuits.families import FAMILIES, default_layers
+from viscircuits.models import digest_weights, load_model, load_state, read_arrays, wrap
 
 RELU, SWISH, GELU, GATED = 0.0, -0.3785, -0.1701, -torch.inf  # the least value each activation can take
 

@@ -382,3 +382,19 @@ def test_an_exception_while_tracing_leaves_no_hook(conv_net):
 def test_tracing_does_not_depend_on_the_images_or_their_number(conv_net):
     a = trace(conv_net, torch.zeros(1, 3, 16, 16)).layers()
     assert a == trace(conv_net, torch.randn(5, 3, 16, 16)).layers()
+
+
+def test_numbers_inside_a_network_are_no_layers():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+
+        def forward(self, x):
+            x = self.a(x).relu()
+            x = x / x.max().clamp(min=1e-3) if bool(x.sum() > 0) else x
+            return self.b(x).relu().mean((2, 3))
+
+    torch.manual_seed(0)
+    found = trace(Scaled().eval(), torch.randn(1, 3, 8, 8))
+    assert [(layer.address, layer.n_units) for layer in found.layers()] == [("a", 4), ("b", 5)]

@@ -10,12 +10,10 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from viscircuits.ablation import measure
 from viscircuits.bundle import Bundle
-from viscircuits.discovery import discover
-from viscircuits.editing import Edited, edit
+from viscircuits.discovery import discover, edit_from
+from viscircuits.editing import Edited
 from viscircuits.errors import ImageError
-from viscircuits.images import batches, open_images
 from viscircuits.models import load_model
 
 # (package, file, ImageNet class)
@@ -70,12 +68,10 @@ def demo(out: str | Path, *, command: str = "viscircuits demo", progress: bool =
     labels = {path.name: str(label) for path, label in (animals | things).items()}
     bundle = discover(
         spec, list(animals), out, reference=list(things), units=0.1, ablation="mean", labels=labels,
-        n_pictures=3, title="animal", command=command, progress=progress,
+        draws=3, edge_fractions=(0.25, 0.5, 1.0), n_pictures=3, n_pictured=8, title="animal",
+        command=command, progress=progress,
     )  # fmt: skip
-    statistics = measure(spec, open_images(list(things)), bundle.circuit.layers, n_samples=0, progress=progress)
-    checked = next(iter(batches(open_images(list(animals)), spec.transform, len(animals))))
-    edited = edit(spec, bundle.circuit, checked.images, ablation="mean", reference=statistics)
-    edited.save(Path(out) / "edited.safetensors")
+    edited, _ = edit_from(out, Path(out) / "edited.safetensors")
     return bundle, edited
 
 

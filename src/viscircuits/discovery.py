@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from viscircuits.ablation import ABLATIONS, measure
+from viscircuits.ablation import ABLATIONS, N_SAMPLES, measure
 from viscircuits.attribution import attribute, describe, find_layers, versions
 from viscircuits.bundle import Bundle
 from viscircuits.circuit import Circuit, Unit
@@ -151,11 +151,12 @@ def discover(
     )  # fmt: skip
     if out is not None:  # kept at once: this is what takes the time
         attributions.save(Path(out) / "attributions.safetensors")
-    statistics = (
-        None
-        if background is None
-        else measure(spec, background, options["layers"], batch_size=batch_size, progress=progress)
-    )
+    statistics = None
+    if background is not None and ablation != "zero":
+        n_samples = N_SAMPLES if ablation == "resample" else 0
+        statistics = measure(
+            spec, background, options["layers"], n_samples=n_samples, batch_size=batch_size, progress=progress
+        )
     circuit = select(
         attributions.contrast(contrast), units, refine=refine, generator=torch.Generator().manual_seed(seed)
     )

@@ -336,7 +336,7 @@ class _Recorder(TorchFunctionMode):
         self.numbers[id(tensor)] = number
         self.alive.append(tensor)
         self.trace.shapes[number] = tuple(tensor.shape)
-        self.trace.axes[number] = 1 if tensor.ndim in (2, 4, 5) else tensor.ndim - 1
+        self.trace.axes[number] = 1 if tensor.ndim in (2, 4, 5) else max(tensor.ndim - 1, 0)
         return number
 
     def _made(self, tensor: Tensor, operation: Operation) -> None:
@@ -360,6 +360,8 @@ def _unit_axis(operation: Operation, trace: Trace) -> int:
         return max(len(shape) - 1, 0)
     source = max(operation.inputs, key=lambda value: len(trace.shapes[value]))
     before, axis = trace.shapes[source], trace.axes[source]
+    if not shape or not before:  # a number: it has no units
+        return guess
     if operation.name == "permute":
         order = operation.arguments[0] if isinstance(operation.arguments[0], tuple | list) else operation.arguments
         return [d % len(before) for d in order].index(axis)
