@@ -114,8 +114,8 @@ def write_tables(report: dict, path: Path) -> None:
                 cells = [_cell(rows, name, place, size, ablation) for size in SIZES]
                 lines.append(f"| {name} | " + " | ".join(cells) + " |")
     text = path.read_text(encoding="utf-8")
-    marks = r"(<!-- tables: begin -->\n).*(\n<!-- tables: end -->)"
-    path.write_text(re.sub(marks, lambda m: m[1] + "\n".join(lines) + m[2], text, flags=re.S), encoding="utf-8")
+    marks = r"(<!-- tables: begin -->\n).*(<!-- tables: end -->)"
+    path.write_text(re.sub(marks, lambda m: m[1] + "\n".join(lines) + "\n" + m[2], text, flags=re.S), encoding="utf-8")
 
 
 def _cell(rows: list[dict], name: str, place: str, size: float, ablation: str) -> str:

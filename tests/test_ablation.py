@@ -9,7 +9,7 @@ from torch import nn
 from viscircuits.ablation import Statistics, ablate, measure, prune_edges
 from viscircuits.circuit import Circuit, Edge, Unit
 from viscircuits.errors import ViscircuitsError
-from viscircuits.hooks import activations, count_hooks
+from viscircuits.hooks import activations, count_hooks, record
 
 LAYERS = ("1", "3", "5")
 WIDTHS = {"1": 6, "3": 8, "5": 5}
@@ -202,6 +202,42 @@ def test_all_edges_into_all_targets_equal_removing_the_sources_under_every_ablat
         assert torch.allclose(conv_net(photographs), given, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("ablation", ["resample", "noise"])
+def test_drawn_replacements_do_not_depend_on_the_batch_size(conv_net, photographs, ablation):
+    reference = measure(conv_net, photographs, LAYERS)
+    given = []
+    for size in (1, 2, 5):
+        with ablate(conv_net, circuit(l3=(0, 1, 2)), ablation, reference=reference):
+            given.append(torch.cat([conv_net(part) for part in photographs.split(size)]))
+    assert torch.allclose(given[0], given[1], atol=1e-6)
+    assert torch.allclose(given[0], given[2], atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ablation", ["resample", "noise"])
+@pytest.mark.parametrize("outer_first", [True, False])
+def test_edges_are_pruned_in_the_very_network_another_context_makes(conv_net, photographs, ablation, outer_first):
+    reference = measure(conv_net, photographs, LAYERS)
+    outer = ablate(conv_net, circuit(l1=(0, 1, 2)), ablation, reference=reference)
+    inner = prune_edges(conv_net, [edge(("3", 0), ("5", 0))])
+    first, second = (outer, inner) if outer_first else (inner, outer)
+    with first, second, record(conv_net, ["3", "5"]) as seen:
+        conv_net(photographs)
+    maps = seen["3"].clone()
+    maps[:, 0] = 0
+    assert torch.allclose(conv_net[4:6](maps)[:, 0], seen["5"][:, 0], atol=1e-6)
+
+
+def test_every_reference_image_may_be_resampled_from(conv_net):
+    images = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    samples = measure(conv_net, images, ["1"], n_samples=8).samples["1"]
+    (maps,) = activations(conv_net, ["1"], images).values()
+    found = [int((maps - each).flatten(1).norm(dim=1).argmin()) for each in samples]
+    assert len(set(found)) == 8
+    assert max(found) >= 8  # not merely the first ones
+
+
 # ------------------------------------------------------------------ what they leave behind
 
 
@@ -249,6 +285,10 @@ def test_edges_are_pruned_on_top_of_an_ablation(conv_net, photographs):
         (lambda net: ablate(net, Circuit({"9": (0,)}, {"9": 4})), "'9'"),
         (lambda net: ablate(net, Circuit({"3": (8,)}, {"3": 9})), "9 in the circuit"),
         (lambda net: prune_edges(net, [edge(("1", 0), ("nowhere", 0))]), "'nowhere'"),
+        (lambda net: prune_edges(net, [edge(("3", 0), ("1", 0))]), "runs before"),
+        (lambda net: prune_edges(net, [edge(("1", 0), ("3", 77))]), "no unit 3:77"),
+        (lambda net: prune_edges(net, [edge(("1", -1), ("3", 0))]), "no unit 1:-1"),
+        (lambda net: prune_edges(net.train(), [edge(("1", 0), ("3", 0))]), "eval"),
     ],
 )
 def test_mistakes_name_the_culprit(conv_net, photographs, make, names):

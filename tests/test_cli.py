@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,8 +12,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from viscircuits import cli
+from viscircuits.ablation import ABLATIONS
 from viscircuits.circuit import Circuit
 from viscircuits.cli import app
+from viscircuits.matrices import CONTRASTS
+from viscircuits.scores.formulas import SCORES, SUMMARIES
+from viscircuits.selection import REFINEMENTS
 
 MODEL = ("torchvision:squeezenet1_1", "--weights", "none")
 LAYERS = ("--layers", "features.11,features.12")
@@ -105,6 +111,14 @@ def test_every_command_has_help_with_an_example(command):
     code, out, _ = run(command, "--help")
     assert code == 0
     assert f"viscircuits {command}" in out.split("Example")[1]
+
+
+def test_the_choices_of_the_command_line_are_the_registries():
+    for choices, registry in (
+        (cli.Score, SCORES), (cli.Summary, SUMMARIES), (cli.Contrast, CONTRASTS), (cli.Refine, REFINEMENTS),
+        (cli.Ablation, ABLATIONS),
+    ):  # fmt: skip
+        assert set(get_args(choices)) == set(registry)
 
 
 # ------------------------------------------------------------------ mistakes

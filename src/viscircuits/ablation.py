@@ -8,11 +8,13 @@
 
 A removed value becomes zero, its mean over a reference set, the same unit's value on another
 image (resample), or Gaussian noise with the reference's mean and variance. Which one is part of
-what a circuit is. Both contexts leave the network as they found it, whatever happens inside.
+what a circuit is. Both contexts leave the network as they found it, whatever happens inside; each
+belongs to the thread that opened it.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,8 +25,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from viscircuits.circuit import Circuit, Edge, Unit
-from viscircuits.errors import ImageError, ViscircuitsError
-from viscircuits.hooks import Tap, activations, evaluating, rewrite, side_passes
+from viscircuits.errors import ImageError, LayerError, ViscircuitsError
+from viscircuits.hooks import Tap, activations, evaluating, pass_depth, rewrite, side_passes
 from viscircuits.images import ImageSet, batches
 from viscircuits.layers import Layer, along_units, by_unit
 from viscircuits.models import ModelSpec, as_spec
@@ -45,7 +47,7 @@ class Statistics:
     mean, variance
         Address → one number for each unit, over images and positions.
     samples
-        Address → whole outputs for the first few reference images, for resampling.
+        Address → whole outputs for a few of the reference images, for resampling.
     n_images
         How many reference images there were.
     """
@@ -57,34 +59,40 @@ class Statistics:
     n_images: int = 0
 
 
-# (statistics, address, true values, images to resample from, generator) → replacement
-Replacement = Callable[[Statistics, str, Tensor, Tensor, torch.Generator], Tensor]
+# (statistics, address, true values, one seed for each image) → replacement
+Replacement = Callable[[Statistics, str, Tensor, Sequence[int]], Tensor]
 
 
-def _zero(statistics: Statistics, layer: str, true: Tensor, draw: Tensor, generator: torch.Generator) -> Tensor:
+def _zero(statistics: Statistics, layer: str, true: Tensor, seeds: Sequence[int]) -> Tensor:
     return torch.zeros_like(true)
 
 
-def _mean(statistics: Statistics, layer: str, true: Tensor, draw: Tensor, generator: torch.Generator) -> Tensor:
+def _mean(statistics: Statistics, layer: str, true: Tensor, seeds: Sequence[int]) -> Tensor:
     axis = statistics.layers[layer].unit_axis
     return along_units(statistics.mean[layer], true, axis).expand_as(true)
 
 
-def _resample(statistics: Statistics, layer: str, true: Tensor, draw: Tensor, generator: torch.Generator) -> Tensor:
+def _resample(statistics: Statistics, layer: str, true: Tensor, seeds: Sequence[int]) -> Tensor:
     samples = statistics.samples[layer]
     if samples.shape[1:] != true.shape[1:]:
         raise ViscircuitsError(
             f"layer {layer!r} has shape {tuple(true.shape[1:])} here and {tuple(samples.shape[1:])} on the reference "
             "images; resampling needs images of one size"
         )
+    draw = [int(torch.randint(len(samples), (), generator=_seeded(seed))) for seed in seeds]  # one image for all layers
     return samples[draw].to(true)
 
 
-def _noise(statistics: Statistics, layer: str, true: Tensor, draw: Tensor, generator: torch.Generator) -> Tensor:
+def _noise(statistics: Statistics, layer: str, true: Tensor, seeds: Sequence[int]) -> Tensor:
     axis = statistics.layers[layer].unit_axis
-    noise = torch.randn(true.shape, generator=generator, dtype=torch.float32).to(true)
+    own = [seed ^ zlib.crc32(layer.encode()) for seed in seeds]  # other noise in every layer
+    noise = torch.stack([torch.randn(true.shape[1:], generator=_seeded(seed)) for seed in own]).to(true)
     spread = along_units(statistics.variance[layer].sqrt(), true, axis)
     return along_units(statistics.mean[layer], true, axis) + spread * noise
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 ABLATIONS: dict[str, Replacement] = {"zero": _zero, "mean": _mean, "resample": _resample, "noise": _noise}
@@ -106,7 +114,8 @@ def measure(
     model, images, layers
         As for `attribute`. One layer is enough.
     n_samples
-        How many images' outputs are kept for resampling; 0 keeps none.
+        How many images' outputs are kept for resampling, each image of the set being as likely
+        to be kept as any other; 0 keeps none.
     batch_size
         Images per forward pass.
     progress
@@ -123,19 +132,20 @@ def measure(
     square: dict[str, Tensor] = {}
     positions: dict[str, int] = {}
     samples: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    generator = torch.Generator().manual_seed(0)
     n_images = 0
     count = images.count if isinstance(images, ImageSet) else None
     bar = tqdm(total=count, desc="reference statistics", unit="image", delay=2, disable=not progress)
     with bar, evaluating(spec.model), torch.no_grad():
         for batch in batches(images, spec.transform, batch_size):
             chain = chain or {each.address: each for each in describe_layers(spec, batch.images, layers)}
+            places = [_place(n_images + i, n_samples, generator) for i in range(len(batch.images))]
             for address, values in activations(spec.model, layers, batch.images).items():
+                _keep(samples[address], values, places)
                 flat = by_unit(values, chain[address].unit_axis).double()  # (image, unit, position)
                 total[address] = total.get(address, 0) + flat.sum((0, 2)).cpu()
                 square[address] = square.get(address, 0) + flat.square().sum((0, 2)).cpu()
                 positions[address] = positions.get(address, 0) + flat.shape[0] * flat.shape[2]
-                if n_images < n_samples:
-                    samples[address].append(values[: n_samples - n_images].cpu())
             n_images += len(batch.images)
             bar.update(len(batch.images))
     if not n_images:
@@ -146,9 +156,23 @@ def measure(
         chain,
         {layer: value.float() for layer, value in mean.items()},
         {layer: value.float() for layer, value in variance.items()},
-        {layer: torch.cat(kept) for layer, kept in samples.items() if kept},
+        {layer: torch.stack(kept) for layer, kept in samples.items() if kept},
         n_images,
     )
+
+
+def _place(number: int, n_samples: int, generator: torch.Generator) -> int | None:
+    """Where the image of this number goes in a reservoir, or None: each is kept with the same probability."""
+    if number < n_samples:
+        return number
+    place = int(torch.randint(number + 1, (), generator=generator))
+    return place if place < n_samples else None
+
+
+def _keep(kept: list[Tensor], values: Tensor, places: Sequence[int | None]) -> None:
+    for each, place in zip(values.cpu(), places, strict=True):
+        if place is not None:
+            kept[place : place + 1] = [each.clone()]
 
 
 @contextmanager
@@ -192,7 +216,7 @@ def ablate(
     chosen = {layer: indices for layer, indices in removed.units.items() if indices}
     replacing = _Replacing(module, {layer: circuit.widths[layer] for layer in chosen}, ablation, reference, generator)
     taps = {layer: replacing.tap(layer, indices) for layer, indices in chosen.items()}
-    with rewrite(module, taps, before=replacing.start):
+    with rewrite(module, taps, before=replacing.start, after=replacing.finish):
         yield
 
 
@@ -230,7 +254,9 @@ def prune_edges(
         yield
         return
     pruning = _EdgePruning(module, edges, ablation, reference, generator)
-    with rewrite(module, {layer: pruning.tap_of(layer) for layer in pruning.pruned}, before=pruning.start):
+    with rewrite(
+        module, {layer: pruning.tap_of(layer) for layer in pruning.pruned}, before=pruning.start, after=pruning.finish
+    ):
         yield
 
 
@@ -257,7 +283,7 @@ class _Replacing:
         self.replacement = choose(ABLATIONS, ablation, "ablation")
         self.reference = reference or Statistics({})
         self.generator = generator or torch.Generator().manual_seed(0)
-        self.draw = torch.zeros(0, dtype=torch.long)
+        self.seeds: dict[int, list[int]] = {}  # depth of the pass → a seed for each of its images
         self.layers = dict(self.reference.layers)
         self.busy = False
         if ablation != "zero":
@@ -275,20 +301,30 @@ class _Replacing:
                 raise ViscircuitsError(f"the reference was not measured at layer {layer!r}; measure it there too")
 
     def start(self, args: tuple, kwargs: dict) -> None:
-        """At a forward pass: know the layers, and draw a reference image for each image to run."""
+        """At a forward pass: know the layers, and draw a seed for each image to run."""
         if self.busy:
             return
         images = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        self.seeds[pass_depth()] = self._draw(len(images))
         self.busy = True
         try:
             with side_passes():
                 self._describe(images)
-                n_samples = min((len(kept) for kept in self.reference.samples.values()), default=0)
-                if n_samples:
-                    self.draw = torch.randint(n_samples, (len(images),), generator=self.generator)
                 self.prepare(args, kwargs)
         finally:
             self.busy = False
+
+    def finish(self) -> None:
+        """After a forward pass: the next one draws anew."""
+        self.seeds.pop(pass_depth(), None)
+
+    def _draw(self, n_images: int) -> list[int]:
+        """Seeds for a pass; the passes another context makes for one get the seeds that one has or will have."""
+        if pass_depth() and len(self.seeds.get(0, ())) == n_images:
+            return self.seeds[0]
+        generator = self.generator if not pass_depth() else torch.Generator()
+        generator.set_state(self.generator.get_state())
+        return torch.randint(2**62, (n_images,), generator=generator).tolist()
 
     def prepare(self, args: tuple, kwargs: dict) -> None:
         """Whatever else must be known before the forward pass."""
@@ -308,7 +344,8 @@ class _Replacing:
 
     def values(self, layer: str, true: Tensor) -> Tensor:
         """What every unit of the layer would become."""
-        return self.replacement(self.reference, layer, true, self.draw, self.generator)
+        depth = max(depth for depth in self.seeds if depth <= pass_depth())
+        return self.replacement(self.reference, layer, true, self.seeds[depth])
 
     def mask(self, layer: str, indices: Iterable[int], like: Tensor) -> Tensor:
         """True at the units named, shaped to broadcast against the layer's output."""
@@ -348,13 +385,34 @@ class _EdgePruning(_Replacing):
     def prepare(self, args: tuple, kwargs: dict) -> None:
         """Recompute the pruned targets, layer by layer from the input on."""
         images = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        if any(module.training for module in self.model.modules()):
+            raise ViscircuitsError(
+                "pruning edges runs the network several times for one answer, which in training mode would change it; "
+                "call model.eval() first"
+            )
         if not self.ordered:
             found = describe_layers(as_spec(self.model), images, {*self.widths, *self.pruned})
             self.layers.update({layer.address: layer for layer in found})
+            self._check_edges([layer.address for layer in found])
             self.ordered = [layer.address for layer in found if layer.address in self.pruned]
         self.recomputed, self.replacements = {}, {}
         for target in self.ordered:
             self.recomputed[target] = self._recompute(target, images)
+
+    def _check_edges(self, order: Sequence[str]) -> None:
+        for target, pruned in self.pruned.items():
+            for index, sources in pruned.items():
+                for unit in (Unit(target, index), *sources):
+                    if not 0 <= unit.index < self.layers[unit.layer].n_units:
+                        raise LayerError(
+                            f"there is no unit {unit}: layer {unit.layer!r} has {self.layers[unit.layer].n_units} units"
+                        )
+                for unit in sources:
+                    if order.index(unit.layer) >= order.index(target):
+                        raise LayerError(
+                            f"an edge leads from {unit} to {Unit(target, index)}, "
+                            f"but {target!r} runs before {unit.layer!r}"
+                        )
 
     def _recompute(self, target: str, images: Tensor) -> Tap:
         """One partial forward pass for each distinct set of pruned sources."""
@@ -385,7 +443,7 @@ class _EdgePruning(_Replacing):
         def tap(layer: str, indices: list[int]) -> Tap:
             def replace(flowing: Tensor) -> Tensor:
                 true = self.recomputed[layer](flowing) if layer in self.recomputed else flowing
-                if layer not in self.replacements:  # drawn once, so that every target misses the same values
+                if layer not in self.replacements:  # made once, so that every target misses the same values
                     self.replacements[layer] = self.values(layer, true)
                 return torch.where(self.mask(layer, indices, true), self.replacements[layer], true)
 

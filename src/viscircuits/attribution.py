@@ -12,10 +12,12 @@ the network itself.
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -164,8 +166,7 @@ class _Sums:
     kept: list[list[Tensor]] = field(default_factory=list)
     activity: dict[str, Tensor] = field(default_factory=dict)
     taken: dict[int, str] = field(default_factory=dict)
-    names: list[str] = field(default_factory=list)
-    digests: list[str] = field(default_factory=list)
+    seen: Seen = field(default_factory=lambda: Seen())
 
     def __post_init__(self) -> None:
         for source, target in self.pairs:
@@ -200,9 +201,8 @@ class _Sums:
                     f"the attribution from {source.address!r} to {target.address!r} is not finite "
                     f"({values[source.address].dtype}); run the network in float32, or look for NaN in its weights"
                 )
+        self.seen.add(batch)
         self.n_images += len(batch.images)
-        self.names += batch.names
-        self.digests += batch.digests
 
     def _blocks(self, i: int, pair: tuple, score_of: Callable, summary_of: Callable) -> Iterator[loop.Block]:
         """Blocks of a pair's matrix from the first engine that knows every operation on the way."""
@@ -233,37 +233,60 @@ class _Sums:
         )
         activity = {layer: (total / self.n_images).float() for layer, total in self.activity.items()}
         provenance = {
-            "model": spec.address,
-            "weights": spec.weights_digest(),
-            "weights_from": spec.weights,
+            **what_ran(spec),
             **options,
             "engines": [self.taken[i] for i in range(len(self.pairs))],
-            "images": describe(images, self.names, self.digests),
+            "images": self.seen.describe(images),
             "versions": versions(),
         }
         return Attributions(matrices, activity, self.n_images, provenance)
 
 
-def describe(images: Images, names: Sequence[str], digests: Sequence[str]) -> dict[str, Any]:
-    """What a result says about the images it was made from: address, count, digest, names, skipped."""
-    skipped = [[each.name, each.reason] for each in getattr(images, "skipped", ())]
-    return {
-        "address": getattr(images, "address", type(images).__name__),
-        "n": len(names),
-        "digest": digest_of(digests),
-        "names": list(names),
-        "digests": [digest[:N_DIGEST] for digest in digests],
-        "skipped": skipped,
-    }
-
-
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
+    known = {"python": platform.python_version()}
+    for package in ("viscircuits", "torch", "torchvision", "timm", "open_clip_torch", "pillow"):
+        with suppress(PackageNotFoundError):
+            known[package] = version(package)
+    return known
+
+
+def what_ran(spec: ModelSpec) -> dict[str, Any]:
+    """What a result says about the network: address, weights and structure."""
     return {
-        "viscircuits": version("viscircuits"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        "model": spec.address,
+        "weights": spec.weights_digest(),
+        "weights_from": spec.weights,
+        "structure": hashlib.sha256(repr(spec.model).encode()).hexdigest()[:N_DIGEST],
     }
+
+
+@dataclass
+class Seen:
+    """Which images were run: names, digests of their files, and one digest of what the network was given."""
+
+    names: list[str] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    inputs: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, batch: Batch) -> None:
+        """Add a batch; how images are batched does not matter."""
+        self.names += batch.names
+        self.digests += [digest[:N_DIGEST] for digest in batch.digests]
+        self.inputs.update(batch.images.detach().cpu().float().contiguous().numpy().tobytes())
+
+    def describe(self, images: Images) -> dict[str, Any]:
+        """What a result says about an image set: address, count, digests, names, and what was skipped."""
+        skipped = [[each.name, each.reason] for each in getattr(images, "skipped", ())]
+        return {
+            "address": getattr(images, "address", type(images).__name__),
+            "n": len(self.names),
+            "digest": digest_of(self.digests),
+            "inputs": self.inputs.hexdigest()[:N_DIGEST],
+            "names": self.names,
+            "digests": self.digests,
+            "skipped": skipped,
+        }
 
 
 def _bar(images: Images, chain: list[Layer], what: str, progress: bool) -> tqdm:

@@ -123,7 +123,7 @@ class Circuit:
     def complement(self) -> Circuit:
         """Every unit of the circuit's layers that the circuit does not hold."""
         everything = {layer: tuple(range(self.widths[layer])) for layer in self.units}
-        return Circuit(everything, self.widths) - self
+        return replace(Circuit(everything, self.widths) - self, provenance=self.provenance)
 
     def edges_between(self, source: str, target: str) -> tuple[Edge, ...]:
         """Edges from layer `source` to layer `target`, strongest first."""
@@ -159,7 +159,9 @@ class Circuit:
             for e in known.values()
             if e.source.index in units[e.source.layer] and e.target.index in units[e.target.layer]
         )
-        return Circuit(units, self.widths, edges=edges)
+        provenance = {"made of": [dict(self.provenance), dict(other.provenance)]}
+        same = dict(self.provenance) == dict(other.provenance)
+        return Circuit(units, self.widths, edges=edges, provenance=self.provenance if same else provenance)
 
     # ------------------------------------------------------------------ JSON
 

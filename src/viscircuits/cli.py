@@ -140,7 +140,7 @@ def discover(
     pictures: Annotated[int, typer.Option(help="Image regions shown for each unit.")] = 4,
     draws: Annotated[int, typer.Option(help="Random circuits to compare with.")] = 5,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of every random choice.", min=0, max=2**63 - 1)] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -156,7 +156,7 @@ def discover(
         test=test,
         others=others,
         find_with=find_with,
-        layers=layer_names.split(",") if layer_names else None,
+        layers=[name.strip() for name in layer_names.split(",")] if layer_names else None,
         units=_units(units),
         score=score,
         summary=summary,
@@ -184,12 +184,14 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option(metavar="IMAGES", help="Where mean, resample and noise take their values from.")
     ] = None,
-    ablation: Annotated[Ablation, typer.Option(help="What a removed value becomes.")] = "zero",
+    ablation: Annotated[
+        Ablation | None, typer.Option(help="What a removed value becomes; default that of the circuit.")
+    ] = None,
     labels: Labels = "auto",
     weights: Annotated[str | None, typer.Option(help="If the model's weights are elsewhere now.")] = None,
     draws: Annotated[int, typer.Option(help="Random circuits to compare with.")] = 5,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of every random choice.", min=0, max=2**63 - 1)] = 0,
     as_json: Json = False,
 ) -> None:
     """Test a circuit on other images, or under another ablation, and renew its folder."""

@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from viscircuits.ablation import ABLATIONS, N_SAMPLES, measure
-from viscircuits.attribution import attribute, describe, find_layers, versions
+from viscircuits.attribution import Seen, attribute, find_layers, versions, what_ran
 from viscircuits.bundle import Bundle
 from viscircuits.circuit import Circuit, Unit
 from viscircuits.editing import Edited, edit
@@ -33,6 +35,7 @@ from viscircuits.models import ModelSpec, as_spec, load_model
 from viscircuits.scores.formulas import SCORES, SUMMARIES, choose
 from viscircuits.selection import REFINEMENTS, select, units_per_layer
 
+UNFINISHED = "attributions.unfinished.safetensors"  # of a run that has not come to its end
 N_CHECKED = 16  # images an edit is compared on
 MOST_TO_FIND = 32  # images used to find a circuit unless told otherwise: more changes little, see docs/results.md
 
@@ -126,14 +129,14 @@ def discover(
         Whatever the caller can mend: its message says what was given and what to do.
     """
     spec = as_spec(model)
-    if out is not None and Path(out).exists() and not Path(out).is_dir():
-        raise ViscircuitsError(f"{str(out)!r} is a file; give a folder for the result (--out DIR)")
-    choose(SCORES, score, "score")
-    choose(SUMMARIES, summary, "summary")
-    choose(REFINEMENTS, refine, "refinement")
     contrast = contrast or ("none" if reference is None else "difference")
-    choose(CONTRASTS, contrast, "contrast")
-    choose(ABLATIONS, ablation, "ablation")
+    for registry, name, what in (
+        (SCORES, score, "score"), (SUMMARIES, summary, "summary"), (REFINEMENTS, refine, "refinement"),
+        (CONTRASTS, contrast, "contrast"), (ABLATIONS, ablation, "ablation"),
+    ):  # fmt: skip
+        choose(registry, name, what)
+    _check_numbers(draws=(draws, 1), pictures=(n_pictures, 0), pictured=(n_pictured, 0), batch_size=(batch_size, 1))
+    _check_folder(out)
     _check_reference(contrast, ablation, reference)
     concept, tested = _part("concept", images, test, find_with, seed, strict)
     background, untested = (
@@ -150,7 +153,7 @@ def discover(
         batch_size=batch_size, progress=progress,
     )  # fmt: skip
     if out is not None:  # kept at once: this is what takes the time
-        attributions.save(Path(out) / "attributions.safetensors")
+        attributions.save(Path(out) / UNFINISHED)
     statistics = None
     if background is not None and ablation != "zero":
         n_samples = N_SAMPLES if ablation == "resample" else 0
@@ -179,6 +182,7 @@ def discover(
     bundle = Bundle(circuit, attributions, evaluation, pictures, title or concept_name(images), command)
     if out is not None:
         bundle.save(out)
+        (Path(out) / UNFINISHED).unlink(missing_ok=True)
     return bundle
 
 
@@ -205,7 +209,7 @@ def evaluate_again(
     *,
     others: Source | None = None,
     reference: Source | None = None,
-    ablation: str = "zero",
+    ablation: str | None = None,
     labels: LabelSource | None = "auto",
     weights: str | Path | None = None,
     draws: int = 5,
@@ -222,10 +226,13 @@ def evaluate_again(
     images, others
         Images with and without the concept.
     reference
-        Where ``mean``, ``resample`` and ``noise`` take their values from; by default `others`.
+        Where ``mean``, ``resample`` and ``noise`` take their values from; by default the reference
+        images the circuit was found with.
+    ablation
+        By default the circuit's own.
     weights
         Where the model's weights are, if not where they were.
-    ablation, labels, draws, batch_size, seed, progress
+    labels, draws, batch_size, seed, progress
         As for `evaluate`.
 
     Raises
@@ -237,14 +244,11 @@ def evaluate_again(
     spec = model_of(bundle.circuit, weights)
     tested = open_images(images)
     background = None if others is None else open_images(others)
-    source = background if reference is None else open_images(reference)
-    if ablation != "zero" and source is None:
-        raise ViscircuitsError(
-            f"ablation {ablation!r} needs reference images (--reference or --others IMAGES), or use 'zero'"
-        )
+    ablation = ablation or bundle.circuit.provenance.get("ablation", "zero")
+    source = None if ablation == "zero" else _reference_of(bundle.circuit, ablation, reference)
     evaluation = evaluate(
         spec, bundle.circuit, tested, background, attributions=bundle.attributions, labels=labels, ablation=ablation,
-        reference=source if ablation != "zero" else None, draws=draws, batch_size=batch_size, seed=seed,
+        reference=source, draws=draws, batch_size=batch_size, seed=seed,
         progress=progress,
     )  # fmt: skip
     bundle = replace(bundle, evaluation=evaluation)
@@ -290,10 +294,8 @@ def edit_from(
     ablation = ablation or provenance.get("ablation", "zero")
     statistics = None
     if ablation != "zero":
-        if reference is None and "reference" not in provenance:
-            raise ViscircuitsError(f"ablation {ablation!r} needs reference images (--reference IMAGES), or use 'zero'")
-        background = _found_with(provenance, "reference") if reference is None else open_images(reference)
-        statistics = measure(spec, background, bundle.circuit.layers)
+        background = _reference_of(bundle.circuit, ablation, reference)
+        statistics = measure(spec, background, bundle.circuit.layers, n_samples=0)
     checked = open_images(images, limit=N_CHECKED) if images is not None else _found_with(provenance, "images")
     batch = next(iter(batches(checked, spec.transform, N_CHECKED)), None)
     if batch is None:
@@ -339,6 +341,15 @@ def _written(source: Source | None) -> str | list[Any] | None:
     return None
 
 
+def _reference_of(circuit: Circuit, ablation: str, given: Source | None) -> ImageSet:
+    """The reference images to use: those given, else those the circuit was found with."""
+    if given is not None:
+        return open_images(given)
+    if "reference" not in circuit.provenance:
+        raise ViscircuitsError(f"ablation {ablation!r} needs reference images (--reference IMAGES), or use 'zero'")
+    return _found_with(circuit.provenance, "reference")
+
+
 def _found_with(provenance: Mapping[str, Any], what: str) -> ImageSet:
     """The very images of a set that a circuit was found with, opened again."""
     if what not in provenance.get("sources", {}):
@@ -353,6 +364,17 @@ def _found_with(provenance: Mapping[str, Any], what: str) -> ImageSet:
             f"name some (--{what} IMAGES)"
         )
     return part
+
+
+def _check_numbers(**given: tuple[int, int]) -> None:
+    for name, (number, least) in given.items():
+        if number < least:
+            raise ViscircuitsError(f"{name.replace('_', ' ')} must be at least {least}, got {number}")
+
+
+def _check_folder(out: str | Path | None) -> None:
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise ViscircuitsError(f"{str(out)!r} is a file; give a folder for the result (--out DIR)")
 
 
 def _check_reference(contrast: str, ablation: str, reference: Source | None) -> None:
@@ -387,34 +409,34 @@ def _saved(
     out: str | Path | None, spec: ModelSpec, options: dict[str, Any], concept: ImageSet, reference: ImageSet | None
 ) -> Attributions | None:
     """Attributions of an earlier run into the same folder, if they were made from the very same things."""
-    if out is None or not (Path(out) / "attributions.safetensors").exists():
-        return None
-    try:
-        found = Attributions.load(out)
-    except FileFormatError:
+    files = () if out is None else (Path(out) / UNFINISHED, Path(out) / "attributions.safetensors")
+    candidates = []
+    for file in files:
+        with suppress(FileFormatError):
+            candidates.append(Attributions.load(file))
+    if not candidates:
         return None
     expected = {
-        "model": spec.address,
-        "weights": spec.weights_digest(),
-        "weights_from": spec.weights,
+        **what_ran(spec),
         **options,
-        "engines": found.provenance.get("engines"),  # these give the same numbers
+        "engines": None,
         "images": _described(spec, concept),
         "versions": versions(),
     }
     if reference is not None:
         expected["reference"] = _described(spec, reference)
-    # in the order of a fresh run: a header's entries are sorted
-    return replace(found, provenance=expected) if found.provenance == expected else None
+    for found in candidates:
+        expected["engines"] = found.provenance.get("engines")  # these give the same numbers
+        if found.provenance == expected:
+            return replace(found, provenance=expected)  # in the order of a fresh run: a header's entries are sorted
+    return None
 
 
 def _described(spec: ModelSpec, images: ImageSet) -> dict[str, Any]:
-    names: list[str] = []
-    digests: list[str] = []
+    seen = Seen()
     for batch in batches(images, spec.transform, 16):
-        names += batch.names
-        digests += batch.digests
-    return describe(images, names, digests)
+        seen.add(batch)
+    return seen.describe(images)
 
 
 def _pictures(
@@ -426,6 +448,10 @@ def _pictures(
     def watch(stream: Any) -> Any:
         return tqdm(stream, desc="pictures", delay=2, disable=not progress)
 
-    return exemplars(
-        spec.model, units, images, spec.transform, n=n, batch_size=batch_size, unit_axes=axes, progress=watch
-    )
+    try:
+        return exemplars(
+            spec.model, units, images, spec.transform, n=n, batch_size=batch_size, unit_axes=axes, progress=watch
+        )
+    except ImageError as error:
+        warnings.warn(f"the result has no pictures of its units: {error}", stacklevel=3)
+        return {}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from viscircuits.ablation import ABLATIONS, Statistics, ablate, describe_layers, measure, prune_edges
-from viscircuits.attribution import N_DIGEST, Images, describe
+from viscircuits.attribution import N_DIGEST, Images, Seen
 from viscircuits.circuit import Circuit, Edge
 from viscircuits.errors import FileFormatError, ImageError, ViscircuitsError
 from viscircuits.files import write_atomically
@@ -36,7 +37,7 @@ from viscircuits.hooks import evaluating, forward
 from viscircuits.images import Batch, ImageSet, batches
 from viscircuits.labels import match_labels
 from viscircuits.matrices import Attributions
-from viscircuits.metrics import Interval, bootstrap, completeness, faithfulness, kl_divergence
+from viscircuits.metrics import Interval, bootstrap, completeness, correct, cosine_distance, faithfulness, kl_divergence
 from viscircuits.models import ModelSpec, as_spec
 from viscircuits.scores.controls import CONTROLS
 from viscircuits.scores.formulas import choose
@@ -200,8 +201,8 @@ def evaluate(
     class_of = find_labels(spec, sets.values(), labels)
     outcomes: dict[str, dict[Key, Measures]] = {}
     described: dict[str, Any] = {}
+    used = set().union(*(_used_to_find(each.provenance) for drawn in circuits.values() for each in drawn))
     for name, images in sets.items():
-        used = _used_to_find(circuit, name)
         outcomes[name], described[name] = _run(spec, images, conditions, class_of, used, batch_size, name, progress)
     report = _Report(outcomes, seed)
     first = next(iter(edges.values()), [])
@@ -368,11 +369,21 @@ def find_labels(spec: ModelSpec, sets: Iterable[Images], labels: LabelSource | N
         return None
     table = None if labels == "auto" else labels
     pictures = [pair for images in sets for pair in _named(spec, images)]
+    if not pictures and table is not None:
+        raise ViscircuitsError(
+            "labels were given, but tensors have no names to look up; give images that open_images opens"
+        )
     if not pictures:
         return None
     names, given = zip(*pictures, strict=True)
     found = match_labels(names, given, spec.classes, table=table, partly=table is None)
     if found.unmatched:  # where only some are known nothing can be compared
+        if found.n_matched:
+            warnings.warn(
+                f"{len(found.unmatched)} of {len(names)} pictures name no class of the network, {found.unmatched[0]!r} "
+                "among them: the network's own answers are the standard instead. Give labels for all (--labels FILE).",
+                stacklevel=3,
+            )
         return None
     known = dict(zip(pictures, found.indices, strict=True))
 
@@ -417,8 +428,7 @@ def _run(
     progress: bool,
 ) -> tuple[dict[Key, Measures], dict[str, Any]]:
     collected: dict[Key, dict[str, list[Tensor]]] = {key: {} for key in conditions}
-    names: list[str] = []
-    digests: list[str] = []
+    seen = Seen()
     n_used = 0
     count = len(images) if isinstance(images, Tensor) else images.count if isinstance(images, ImageSet) else None
     total = None if count is None else count * len(conditions)
@@ -442,20 +452,23 @@ def _run(
                 for measure_, values in _measured(spec, full, outputs, known).items():
                     collected[key].setdefault(measure_, []).append(values.double())
                 bar.update(len(batch.images))
-            names += batch.names
-            digests += batch.digests
-    if not names and n_used:
+            seen.add(batch)
+    if not seen.names and n_used:
         raise ImageError(f"all {n_used} images of the {what} set were used to find the circuit; test on others")
-    if not names:
+    if not seen.names:
         raise ImageError(f"the {what} set is empty: no image could be read")
     outcome = {key: {m: torch.cat(parts) for m, parts in measures.items()} for key, measures in collected.items()}
-    return outcome, {**describe(images, names, digests), "left_out": n_used}
+    return outcome, {**seen.describe(images), "left_out": n_used}
 
 
-def _used_to_find(circuit: Circuit, images: str) -> set[str]:
-    """Digests of the images a circuit was found with: they cannot test it."""
-    found_with = circuit.provenance.get("images" if images == "concept" else "reference") or {}
-    return set(found_with.get("digests", ()))
+def _used_to_find(provenance: Any) -> set[str]:
+    """Digests of every image, of the concept or the reference, that a circuit was found with: they cannot test it."""
+    if isinstance(provenance, Mapping):
+        own = set(provenance.get("digests", ()))
+        return own.union(*(_used_to_find(each) for key, each in provenance.items() if key != "digests"))
+    if isinstance(provenance, list | tuple):
+        return set().union(*(_used_to_find(each) for each in provenance if isinstance(each, Mapping)))
+    return set()
 
 
 def _unseen(batch: Batch, used: Collection[str]) -> tuple[Batch, int]:
@@ -474,10 +487,10 @@ def _unseen(batch: Batch, used: Collection[str]) -> tuple[Batch, int]:
 def _measured(spec: ModelSpec, full: Tensor, outputs: Tensor, known: Tensor | None) -> Measures:
     """One number for each image and measure; the first measure is the one selectivity is about."""
     if spec.outputs == "embedding":
-        return {"cosine": torch.nn.functional.cosine_similarity(full, outputs, dim=1)}
+        return {"cosine": 1 - cosine_distance(full, outputs)}
     classes = full.argmax(1) if known is None else known
     return {
-        "agreement" if known is None else "accuracy": (outputs.argmax(1) == classes).double(),
+        "agreement" if known is None else "accuracy": correct(outputs, classes),
         "logit": outputs.gather(1, classes[:, None]).squeeze(1),
         "kl": kl_divergence(full, outputs),
     }
@@ -487,7 +500,7 @@ def _measured(spec: ModelSpec, full: Tensor, outputs: Tensor, known: Tensor | No
 
 
 class _Report:
-    """Turns outcomes into means with intervals; several keys are draws, averaged image by image."""
+    """Turns outcomes into means with intervals over images and, where there are several, over draws."""
 
     def __init__(self, outcomes: Mapping[str, Mapping[Key, Measures]], seed: int) -> None:
         self.outcomes = outcomes
@@ -495,12 +508,12 @@ class _Report:
         self.measure = next(iter(outcomes["concept"]["baseline",]))
 
     def of(self, images: str, keys: Iterable[Key], measure_: str) -> Tensor:
-        return torch.stack([self.outcomes[images][key][measure_] for key in keys]).mean(0)  # (image,)
+        return torch.stack([self.outcomes[images][key][measure_] for key in keys], dim=1)  # (image, draw)
 
     def behaviour(self, keys: Sequence[Key]) -> dict[str, Any]:
         """Every measure on each set of images."""
         return {
-            images: {m: self._interval(_mean, self.of(images, keys, m), vectorised=True) for m in outcome[keys[0]]}
+            images: {m: self._interval(_redrawn, self.of(images, keys, m), vectorised=True) for m in outcome[keys[0]]}
             for images, outcome in self.outcomes.items()
         }
 
@@ -515,12 +528,12 @@ class _Report:
             self.of(images, [("baseline",)], self.measure) - self.of(images, keys, self.measure)
             for images in ("concept", "others")
         ]
-        return self._interval(lambda concept, others: concept.mean(-1) - others.mean(-1), *falls, vectorised=True)
+        return self._interval(_redrawn, *falls, vectorised=True)
 
     def ratio(self, statistic: Callable[..., float], key: Key) -> dict[str, float] | None:
         """Faithfulness or completeness; None where ablating everything changes nothing."""
         measure_ = "logit" if "logit" in self.outcomes["concept"]["baseline",] else self.measure
-        samples = [self.of("concept", [each], measure_) for each in (("baseline",), key, ("empty",))]
+        samples = [self.outcomes["concept"][each][measure_] for each in (("baseline",), key, ("empty",))]
         if abs(float(samples[0].mean() - samples[2].mean())) < 1e-9:
             return None
         whole = statistic(*samples)
@@ -539,8 +552,16 @@ class _Report:
         return {"value": found.value, "low": found.low, "high": found.high}
 
 
-def _mean(values: Tensor) -> Tensor:
-    return values.mean(-1)
+def _redrawn(values: Tensor, others: Tensor | None = None) -> Tensor:
+    """Mean over images, less that of `others`, then over draws, which are drawn again as the images are.
+
+    The last two axes are (image, draw); what stands before them are the draws of the bootstrap.
+    """
+    by_draw = values.mean(-2) if others is None else values.mean(-2) - others.mean(-2)
+    if by_draw.ndim == 1:
+        return by_draw.mean()
+    picks = torch.randint(by_draw.shape[1], by_draw.shape, generator=torch.Generator().manual_seed(0))
+    return by_draw.gather(1, picks).mean(1)
 
 
 def _unit_curve(

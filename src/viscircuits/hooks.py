@@ -60,11 +60,14 @@ def record(model: nn.Module, addresses: Iterable[str]) -> Iterator[dict[str, Ten
 
 
 @contextmanager
-def rewrite(model: nn.Module, taps: Mapping[str, Tap], before: Before | None = None) -> Iterator[None]:
+def rewrite(
+    model: nn.Module, taps: Mapping[str, Tap], before: Before | None = None, after: Callable[[], None] | None = None
+) -> Iterator[None]:
     """Replace what the layers at these addresses compute, for as long as the context is open.
 
     A tap gets the true tensor and returns one of the same shape; it must not change it in place.
-    `before` is called at the start of each forward pass with the network's arguments.
+    `before` is called at the start of each forward pass with the network's arguments, `after` at
+    its end.
 
     Raises
     ------
@@ -84,7 +87,7 @@ def rewrite(model: nn.Module, taps: Mapping[str, Tap], before: Before | None = N
 
         return replacement
 
-    with _tapped(model, {address: checked(address, tap) for address, tap in taps.items()}, before):
+    with _tapped(model, {address: checked(address, tap) for address, tap in taps.items()}, before, after):
         yield
 
 
@@ -216,7 +219,11 @@ def submodule(model: nn.Module, address: Address) -> nn.Module:
 
 @contextmanager
 def _tapped(
-    model: nn.Module, taps: Mapping[str, Tap], before: Before | None = None, observing: bool = False
+    model: nn.Module,
+    taps: Mapping[str, Tap],
+    before: Before | None = None,
+    after: Callable[[], None] | None = None,
+    observing: bool = False,
 ) -> Iterator[None]:
     _refuse_compiled(model)
     parsed = {parse_address(text): tap for text, tap in taps.items()}
@@ -224,7 +231,19 @@ def _tapped(
     by_module: dict[nn.Module, dict[Address, Tap]] = {}
     for address, tap in parsed.items():
         by_module.setdefault(submodule(model, address), {})[address] = tap
+
+    def starting(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if before is not None:
+            before(args, kwargs)
+        counter.start()  # after `before`, which may run the network itself
+
+    def finished(module: nn.Module, args: tuple, output: Any) -> None:
+        counter.check()
+        if after is not None:
+            after()
+
     with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(starting, with_kwargs=True).remove)
         for module, mine in by_module.items():
             inputs = {address: tap for address, tap in mine.items() if address.input}
             outputs = {address: tap for address, tap in mine.items() if not address.input}
@@ -233,16 +252,6 @@ def _tapped(
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             if outputs:
                 stack.callback(module.register_forward_hook(_output_hook(outputs, counter)).remove)
-
-        def starting(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if before is not None:
-                before(args, kwargs)
-            counter.start()  # after `before`, which may run the network itself
-
-        def finished(module: nn.Module, args: tuple, output: Any) -> None:
-            counter.check()
-
-        stack.callback(model.register_forward_pre_hook(starting, prepend=True, with_kwargs=True).remove)
         stack.callback(model.register_forward_hook(finished).remove)
         yield
 

@@ -123,6 +123,8 @@ class Attributions:
             raise ViscircuitsError(f"no contrast {how!r}; choose one of {', '.join(CONTRASTS)}")
         if how == "none":
             return self
+        if "contrast" in self.provenance:
+            raise ViscircuitsError(f"these attributions are a contrast ({self.provenance['contrast']}) already")
         if self.reference is None:
             raise ViscircuitsError(f"contrast {how!r} needs reference images (--reference), none were given")
         operation = CONTRASTS[how]
