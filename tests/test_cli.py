@@ -197,7 +197,7 @@ MISTAKES = [
     (discover("--test", "render:grating,n=4"), "used to find"),
     (("discover", *MODEL, "render:grating,n=4", *LAYERS, *QUICK, "--out", "{wrong}/file"), "file"),
     (("evaluate", "{wrong}/nowhere", "render:grating"), "nowhere"),
-    (("evaluate", "{found}", "render:grating,n=2,seed=9", "--ablation", "noise"), "--reference"),
+    (("evaluate", "{found}", "render:grating,n=2,seed=9", "--draws", "0"), "draws"),
     (("edit", "{found}", "--out", "{out}.safetensors", "--ablation", "resample"), "resample"),
     (("edit", "{found}", "--out", "{out}.safetensors", "--weights", "{wrong}/no.pt"), "no.pt"),
     (("view", "{wrong}/old", "--no-browser"), "99"),

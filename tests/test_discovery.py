@@ -7,6 +7,7 @@ import json
 import re
 import tarfile
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -167,7 +168,7 @@ def test_the_circuit_says_what_made_it(run):
     assert made["layers"] == list(LAYERS) == list(circuit.layers)
     assert (made["score"], made["summary"], made["ablation"], made["seed"]) == ("cla", "norm", "zero", 0)
     assert made["images"]["n"] == len(made["images"]["names"]) == len(set(made["images"]["digests"])) == 3
-    assert made["versions"]["torch"] == torch.__version__
+    assert made["versions"]["torch"] == version("torch")
     assert all(len(units) == 2 for units in circuit.units.values())
 
 
@@ -358,7 +359,9 @@ def test_evaluating_again_on_the_same_images_leaves_those_out_that_found_the_cir
 
 def test_evaluating_again_needs_a_reference_for_means(folder, run, loads_tiny):
     with pytest.raises(ViscircuitsError, match="'mean' needs reference"):
-        evaluate_again(folder, GRATING, ablation="mean")
+        discovery._reference_of(Circuit({"x": (0,)}, {"x": 3}), "mean", None)
+    own = evaluate_again(folder, GRATING, ablation="mean", draws=2)  # those it was found with
+    assert own.evaluation.data["ablation"] == "mean"
     found = evaluate_again(folder, GRATING, reference=COLOUR, ablation="mean", draws=2)
     assert "others" not in found.evaluation.data["images"]
     with pytest.raises(ViscircuitsError, match=r"no circuit at"):

@@ -293,7 +293,7 @@ def test_a_folder_is_read_to_the_bottom_in_order_of_path(zoo):
         ("cat/a.png", "cat", RED),
         ("dog/b.png", "dog", GREEN),
         ("dog/deep/c.png", "dog", BLUE),
-        ("z.png", None, WHITE),
+        ("z.png", "zoo", WHITE),
     ]
 
 

@@ -392,7 +392,7 @@ def read_gates(path: str | Path) -> dict[str, Any] | None:
         return None
     with safe_open(path, framework="pt") as file:
         header = (file.metadata() or {}).get("viscircuits")
-    return None if header is None else json.loads(header)["gates"]
+    return None if header is None else json.loads(header).get("gates")
 
 
 def read_state(path: str | Path) -> State:
