@@ -245,3 +245,13 @@ def test_a_wider_level_gives_a_wider_interval():
 def test_bootstrap_refuses_what_it_cannot_draw(samples, options, told):
     with pytest.raises(ViscircuitsError, match=told):
         metrics.bootstrap(torch.mean, *samples, **options)
+
+
+def test_a_share_of_images_has_wilsons_interval_even_where_all_agree():
+    from scipy.stats import binomtest
+
+    for hits, n in ((4, 4), (0, 6), (7, 10), (1, 1)):
+        outcomes = torch.tensor([1.0] * hits + [0.0] * (n - hits))
+        expected = binomtest(hits, n).proportion_ci(method="wilson")
+        found = metrics.share_interval(outcomes)
+        assert (found.value, found.low, found.high) == pytest.approx((hits / n, expected.low, expected.high), abs=1e-6)

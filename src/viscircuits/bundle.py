@@ -66,7 +66,9 @@ class Bundle:
     def page(self) -> str:
         """The page of this circuit, as HTML."""
         evaluation = self.evaluation.data if self.evaluation else None
-        return page(self.circuit, evaluation, self.pictures or None, title=self.title, command=self.command)
+        again = (evaluation or {}).get("command")
+        command = f"{self.command}\n{again}" if again else self.command
+        return page(self.circuit, evaluation, self.pictures or None, title=self.title, command=command)
 
     @classmethod
     def load(cls, folder: str | Path) -> Bundle:
@@ -80,13 +82,28 @@ class Bundle:
         folder = Path(folder)
         circuit = Circuit.load(folder)
         data = json.loads((folder / "circuit.json").read_text(encoding="utf-8"))
+        attributions = Attributions.load(folder) if (folder / "attributions.safetensors").exists() else None
+        evaluation = Evaluation.load(folder) if (folder / "evaluation.json").exists() else None
+        _check_belongs(circuit, attributions, folder)
         return cls(
             circuit,
-            Attributions.load(folder) if (folder / "attributions.safetensors").exists() else None,
-            Evaluation.load(folder) if (folder / "evaluation.json").exists() else None,
+            attributions,
+            evaluation,
             _load_pictures(folder / "pictures"),
             data.get("title", "circuit"),
             data.get("command", ""),
+        )
+
+
+def _check_belongs(circuit: Circuit, attributions: Attributions | None, folder: Path) -> None:
+    """Matrices copied from another result would make the controls those of another concept."""
+    if attributions is None:
+        return
+    ours, theirs = (each.provenance.get("images", {}).get("digest") for each in (circuit, attributions))
+    if ours and theirs and ours != theirs:
+        raise FileFormatError(
+            f"{str(folder / 'attributions.safetensors')!r} was made from other images than the circuit beside it; "
+            "take the file away, or discover again"
         )
 
 

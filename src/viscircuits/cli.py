@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import warnings
 import webbrowser
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -31,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+FEW = 10  # test images below which an interval deserves no trust
 MODEL_HELP = "lite0, squeezenet1_1, torchvision:NAME, timm:NAME or open_clip:ARCH/PRETRAINED."
 IMAGES_HELP = "A folder, image file, list file (.txt, .csv), tar shards, or render:CONCEPT."
 
@@ -56,6 +58,7 @@ def _reports_mistakes(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        warnings.showwarning = _warn
         try:
             command(*args, **kwargs)
         except ViscircuitsError as error:
@@ -65,10 +68,14 @@ def _reports_mistakes(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"viscircuits: {error.strerror or error}: {error.filename or 'no file'}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt:
-            typer.echo("viscircuits: stopped; what was finished is in the output folder", err=True)
+            typer.echo("viscircuits: stopped; give the same command again to go on from what is finished", err=True)
             raise typer.Exit(130) from None
 
     return run
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo(f"viscircuits: warning: {message}", err=True)
 
 
 @app.command(epilog="Example: `viscircuits layers lite0`")
@@ -156,7 +163,7 @@ def discover(
         test=test,
         others=others,
         find_with=find_with,
-        layers=[name.strip() for name in layer_names.split(",")] if layer_names else None,
+        layers=[name.strip() for name in layer_names.split(",") if name.strip()] if layer_names else None,
         units=_units(units),
         score=score,
         summary=summary,
@@ -208,8 +215,10 @@ def evaluate(
         draws=draws,
         batch_size=batch_size,
         seed=seed,
+        command=_command(),
         progress=True,
     )
+    typer.echo(f"this replaces the earlier evaluation in {folder}", err=True)
     _print_result(bundle, folder, as_json)
 
 
@@ -286,7 +295,10 @@ def compare(
     from viscircuits.circuit import Circuit
     from viscircuits.metrics import overlap
 
-    found = overlap(Circuit.load(first), Circuit.load(second))
+    one, other = Circuit.load(first), Circuit.load(second)
+    found = overlap(one, other)
+    if one.provenance.get("weights") != other.provenance.get("weights"):
+        typer.echo("viscircuits: warning: the two circuits were found in networks with different weights", err=True)
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in found], indent=1))
         return
@@ -366,12 +378,24 @@ def _print_result(bundle: Bundle, out: Path, as_json: bool) -> None:
         share = evaluation.faithfulness
         if share is not None:
             interval = f"[{share.low:.2f}, {share.high:.2f}]"
-            typer.echo(f"the circuit alone keeps {share.value:.2f} {interval} of the behaviour")
+            typer.echo(
+                f"kept alone, the circuit recovers {share.value:.2f} {interval} of what its layers do for the concept"
+            )
     for images in (circuit.provenance.get("images"), *data.get("images", {}).values()):
         for name, reason in (images or {}).get("skipped", ()):
             typer.echo(f"skipped {name}: {reason}", err=True)
         if (images or {}).get("left_out"):
             typer.echo(f"left {images['left_out']} test images out that had found the circuit", err=True)
+        few = {what: each["n"] for what, each in data["images"].items() if each["n"] < FEW}
+        if few:
+            counts = " and ".join(f"{n} {what}" for what, n in few.items())
+            typer.echo(
+                f"viscircuits: warning: only {counts} test images; the intervals say less than they seem to", err=True
+            )
+        if "others" not in data["images"]:
+            typer.echo(
+                "no images without the concept were given (--reference): others and selectivity are not measured"
+            )
     typer.echo(f"see {out / 'index.html'}")
 
 

@@ -22,13 +22,14 @@ from torch import nn
 from tqdm import tqdm
 
 from viscircuits.ablation import ABLATIONS, N_SAMPLES, measure
-from viscircuits.attribution import Seen, attribute, find_layers, versions, what_ran
+from viscircuits.attribution import N_DIGEST, Seen, attribute, find_layers, versions, what_ran
 from viscircuits.bundle import Bundle
 from viscircuits.circuit import Circuit, Unit
 from viscircuits.editing import Edited, edit
 from viscircuits.errors import FileFormatError, ImageError, ModelError, ViscircuitsError
-from viscircuits.evaluation import LabelSource, evaluate, find_labels
+from viscircuits.evaluation import Evaluation, LabelSource, evaluate, find_labels
 from viscircuits.exemplars import Exemplar, exemplars
+from viscircuits.files import write_atomically
 from viscircuits.images import ImageSet, Source, batches, open_images, split
 from viscircuits.matrices import CONTRASTS, Attributions
 from viscircuits.models import ModelSpec, as_spec, load_model
@@ -136,7 +137,6 @@ def discover(
     ):  # fmt: skip
         choose(registry, name, what)
     _check_numbers(draws=(draws, 1), pictures=(n_pictures, 0), pictured=(n_pictured, 0), batch_size=(batch_size, 1))
-    _check_folder(out)
     _check_reference(contrast, ablation, reference)
     concept, tested = _part("concept", images, test, find_with, seed, strict)
     background, untested = (
@@ -146,12 +146,18 @@ def discover(
         untested = open_images(others, strict=strict)
     chain = find_layers(spec, concept, layers)
     units_per_layer({layer.address: layer.n_units for layer in chain}, units)
-    find_labels(spec, [tested] if untested is None else [tested, untested], labels)  # a mistake shows before the work
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `evaluate` will say it
+        find_labels(
+            spec, [tested] if untested is None else [tested, untested], labels
+        )  # a mistake shows before the work
+    _check_folder(out)
     options = {"score": score, "summary": summary, "layers": [layer.address for layer in chain]}
     attributions = _saved(out, spec, options, concept, background) or attribute(
         spec, concept, options["layers"], reference=background, score=score, summary=summary,
         batch_size=batch_size, progress=progress,
     )  # fmt: skip
+    _check_apart(attributions)
     if out is not None:  # kept at once: this is what takes the time
         attributions.save(Path(out) / UNFINISHED)
     statistics = None
@@ -215,6 +221,7 @@ def evaluate_again(
     draws: int = 5,
     batch_size: int = 8,
     seed: int = 0,
+    command: str = "",
     progress: bool = False,
 ) -> Bundle:
     """Test the circuit of a result folder on other images or under another ablation; renew the folder.
@@ -232,6 +239,8 @@ def evaluate_again(
         By default the circuit's own.
     weights
         Where the model's weights are, if not where they were.
+    command
+        The command to show on the page beside that which found the circuit.
     labels, draws, batch_size, seed, progress
         As for `evaluate`.
 
@@ -251,6 +260,7 @@ def evaluate_again(
         reference=source, draws=draws, batch_size=batch_size, seed=seed,
         progress=progress,
     )  # fmt: skip
+    evaluation = Evaluation({**evaluation.data, "command": command})
     bundle = replace(bundle, evaluation=evaluation)
     bundle.save(folder)
     return bundle
@@ -288,6 +298,8 @@ def edit_from(
     tuple
         The edited network, and how far the ONNX file differs from it (None without one).
     """
+    if Path(out).suffix != ".safetensors":
+        raise ViscircuitsError(f"edited weights are safetensors: name the file so, not {str(out)!r}")
     bundle = Bundle.load(folder)
     provenance = bundle.circuit.provenance
     spec = model_of(bundle.circuit, weights)
@@ -354,13 +366,18 @@ def _found_with(provenance: Mapping[str, Any], what: str) -> ImageSet:
     """The very images of a set that a circuit was found with, opened again."""
     if what not in provenance.get("sources", {}):
         raise ImageError(f"the circuit does not say which images it was found with; name some (--{what} IMAGES)")
-    images = open_images(provenance["sources"][what])
-    n = provenance[what]["n"] + len(provenance[what]["skipped"])
-    part = images if images.count == n else split(images, n, provenance["seed"])[0]
-    names = [picture.name for picture in part]
-    if names != provenance[what]["names"]:
+    try:
+        images = open_images(provenance["sources"][what])
+    except ImageError as error:
+        raise ImageError(f"the images of the circuit are gone: {error} Or name any (--{what} IMAGES).") from error
+    names = provenance[what]["names"]
+    if callable(images.entries):  # a stream: found again by its place
+        return split(images, len(names), provenance["seed"])[0]
+    part = ImageSet(images.address, [entry for entry in images.entries if entry.name in set(names)])
+    same = {picture.digest[:N_DIGEST] for picture in part}.intersection(provenance[what]["digests"])
+    if len(same) != len(set(provenance[what]["digests"])):
         raise ImageError(
-            f"{images.address!r} does not hold the images the circuit was found with any more; "
+            f"{images.address!r} holds {len(same)} of the {len(names)} images the circuit was found with; "
             f"name some (--{what} IMAGES)"
         )
     return part
@@ -373,8 +390,30 @@ def _check_numbers(**given: tuple[int, int]) -> None:
 
 
 def _check_folder(out: str | Path | None) -> None:
-    if out is not None and Path(out).exists() and not Path(out).is_dir():
+    """Make the folder now, so that a place that cannot be written to shows before the work."""
+    if out is None:
+        return
+    if Path(out).exists() and not Path(out).is_dir():
         raise ViscircuitsError(f"{str(out)!r} is a file; give a folder for the result (--out DIR)")
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(out) / UNFINISHED.replace("attributions", "trial"), b"").unlink()
+    except OSError as error:
+        raise ViscircuitsError(f"cannot write to {str(out)!r} ({error.strerror}); give another (--out DIR)") from error
+
+
+def _check_apart(attributions: Attributions) -> None:
+    """The reference is there to differ from the concept."""
+    if attributions.reference is None:
+        return
+    concept, reference = (set(attributions.provenance[what]["digests"]) for what in ("images", "reference"))
+    if concept <= reference or reference <= concept:
+        raise ImageError(
+            f"{len(concept & reference)} of the {len(reference)} reference images are the concept's own; "
+            "give images without the concept (--reference IMAGES)"
+        )
+    if concept & reference:
+        warnings.warn(f"{len(concept & reference)} images are in the concept and in the reference", stacklevel=3)
 
 
 def _check_reference(contrast: str, ablation: str, reference: Source | None) -> None:

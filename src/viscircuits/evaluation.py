@@ -20,7 +20,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,16 @@ from viscircuits.hooks import evaluating, forward
 from viscircuits.images import Batch, ImageSet, batches
 from viscircuits.labels import match_labels
 from viscircuits.matrices import Attributions
-from viscircuits.metrics import Interval, bootstrap, completeness, correct, cosine_distance, faithfulness, kl_divergence
+from viscircuits.metrics import (
+    Interval,
+    bootstrap,
+    completeness,
+    correct,
+    cosine_distance,
+    faithfulness,
+    kl_divergence,
+    share_interval,
+)
 from viscircuits.models import ModelSpec, as_spec
 from viscircuits.scores.controls import CONTROLS
 from viscircuits.scores.formulas import choose
@@ -74,7 +83,15 @@ class Evaluation:
     def table(self) -> str:
         """Return the circuit and its controls, a row each: concept, others, selectivity."""
         measure = self.data["measure"]
-        rows = [("removed", f"concept {measure}", f"others {measure}", "selectivity")]
+        n = {images: f"(n={described['n']})" for images, described in self.data["images"].items()}
+        rows = [
+            (
+                "removed",
+                f"concept {measure} {n['concept']}",
+                f"others {measure} {n.get('others', '')}".rstrip(),
+                "selectivity",
+            )
+        ]
         rows += [
             (
                 "nothing",
@@ -513,9 +530,14 @@ class _Report:
     def behaviour(self, keys: Sequence[Key]) -> dict[str, Any]:
         """Every measure on each set of images."""
         return {
-            images: {m: self._interval(_redrawn, self.of(images, keys, m), vectorised=True) for m in outcome[keys[0]]}
+            images: {m: self._mean(self.of(images, keys, m)) for m in outcome[keys[0]]}
             for images, outcome in self.outcomes.items()
         }
+
+    def _mean(self, values: Tensor) -> dict[str, float]:
+        if values.shape[1] == 1 and bool(((values == 0) | (values == 1)).all()):
+            return asdict(share_interval(values[:, 0]))
+        return self._interval(_redrawn, values, vectorised=True)
 
     def fall(self, keys: Sequence[Key]) -> dict[str, Any]:
         """Behaviour, and how much more the concept falls than the others."""
@@ -605,4 +627,10 @@ def _shown(entry: Mapping[str, Any], images: str, measure_: str) -> str:
 
 
 def _show(interval: Mapping[str, float] | None) -> str:
-    return "–" if not interval else f"{interval['value']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]"
+    return (
+        "–" if not interval else f"{_plain(interval['value'])} [{_plain(interval['low'])}, {_plain(interval['high'])}]"
+    )
+
+
+def _plain(number: float) -> str:
+    return f"{round(number, 2) + 0.0:.2f}"  # no minus before a zero

@@ -318,6 +318,22 @@ def _log_choose(n: int, k: int) -> float:
 # --------------------------------------------------------------------- certainty
 
 
+def share_interval(outcomes: Float[Tensor, " image"], level: float = 0.95) -> Interval:
+    """Put Wilson's interval around a share of images, for outcomes that are 0 or 1.
+
+    Unlike the bootstrap's it has a width where all outcomes agree: four of four is not certainty.
+
+    References
+    ----------
+    Wilson 1927, doi:10.1080/01621459.1927.10502953.
+    """
+    n, share = len(outcomes), float(outcomes.mean())
+    z = float(torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor((1 + level) / 2)))
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
 def bootstrap(
     statistic: Callable[..., float | Tensor],
     *samples: Float[Tensor, "..."],

@@ -490,7 +490,7 @@ function fillHeader() {
   const n = (set) => (known(set?.n) ? count(set.n) : "?");
   const facts = [
     ["Model", address(made.model)], ["Found on", known(nFound) ? plural(nFound, "image") : null],
-    ["Tested on", evaluation ? (tested ? `${n(tested.concept)} + ${n(tested.others)} other images` : null) : "not measured"],
+    ["Tested on", evaluation ? (tested ? tested.others ? `${n(tested.concept)} + ${n(tested.others)} other images` : `${n(tested.concept)} images` : null) : "not measured"],
     ["Circuit", `${plural(units.length, "unit")} of ${count(sum(data.layers.map((layer) => layer.width)))} in ${plural(data.layers.length, "layer")}`],
     ["Score", made.score ?? made.options?.score], ["Ablation", evaluation?.ablation ?? made.ablation ?? made.options?.ablation],
   ];
