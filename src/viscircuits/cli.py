@@ -381,21 +381,18 @@ def _print_result(bundle: Bundle, out: Path, as_json: bool) -> None:
             typer.echo(
                 f"kept alone, the circuit recovers {share.value:.2f} {interval} of what its layers do for the concept"
             )
-    for images in (circuit.provenance.get("images"), *data.get("images", {}).values()):
+    sets = data.get("images", {})
+    for images in (circuit.provenance.get("images"), *sets.values()):
         for name, reason in (images or {}).get("skipped", ()):
             typer.echo(f"skipped {name}: {reason}", err=True)
-        if (images or {}).get("left_out"):
-            typer.echo(f"left {images['left_out']} test images out that had found the circuit", err=True)
-        few = {what: each["n"] for what, each in data["images"].items() if each["n"] < FEW}
-        if few:
-            counts = " and ".join(f"{n} {what}" for what, n in few.items())
-            typer.echo(
-                f"viscircuits: warning: only {counts} test images; the intervals say less than they seem to", err=True
-            )
-        if "others" not in data["images"]:
-            typer.echo(
-                "no images without the concept were given (--reference): others and selectivity are not measured"
-            )
+    for what, each in sets.items():
+        if each["left_out"]:
+            typer.echo(f"left {each['left_out']} {what} test images out that had found the circuit", err=True)
+    few = " and ".join(f"{each['n']} {what}" for what, each in sets.items() if each["n"] < FEW)
+    if few:
+        typer.echo(f"viscircuits: warning: only {few} test images: too few to trust an interval", err=True)
+    if sets and "others" not in sets:
+        typer.echo("no images without the concept were given (--reference): selectivity is not measured", err=True)
     typer.echo(f"see {out / 'index.html'}")
 
 

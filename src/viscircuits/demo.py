@@ -16,6 +16,8 @@ from viscircuits.editing import Edited
 from viscircuits.errors import ImageError
 from viscircuits.models import load_model
 
+N_LAYERS = 8  # the later half: where removing a concept's units spares the rest, see docs/results.md
+
 # (package, file, ImageNet class)
 ANIMALS = (
     ("foolbox", "imagenet_00_243.jpg", 243),
@@ -66,8 +68,10 @@ def demo(out: str | Path, *, command: str = "viscircuits demo", progress: bool =
     spec = load_model("lite0")
     animals, things = _paths(ANIMALS), _paths(THINGS)
     labels = {path.name: str(label) for path, label in (animals | things).items()}
+    late = (spec.layers or ())[-N_LAYERS:]
     bundle = discover(
-        spec, list(animals), out, reference=list(things), units=0.1, ablation="mean", labels=labels,
+        spec, list(animals), out, reference=list(things), layers=late, units=0.05, contrast="ratio", ablation="mean",
+        labels=labels,
         draws=3, edge_fractions=(0.25, 0.5, 1.0), n_pictures=3, n_pictured=8, title="animal",
         command=command, progress=progress,
     )  # fmt: skip
