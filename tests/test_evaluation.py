@@ -513,3 +513,16 @@ def test_an_exception_inside_leaves_no_hook_and_the_networks_modes_and_weights(s
     assert spec.model.training
     assert count_hooks(spec.model) == 0
     assert all(torch.equal(value, before[name]) for name, value in spec.model.state_dict().items())
+
+
+def test_no_image_that_found_any_of_the_circuits_tests_them_whichever_set_it_is_in(spec, concept, others):
+    found = attribute(spec, concept, ["1", "3"], reference=others)
+    circuit = select(found.contrast("difference"), 1)
+    for left, right in ((concept, others), (others, concept)):
+        with pytest.raises(ImageError, match="used to find"):
+            evaluate(spec, circuit, left, right, unit_fractions=(), edge_fractions=(), draws=1)
+    fresh = replace(circuit, provenance={})
+    with pytest.raises(ImageError, match="used to find"):
+        evaluate(
+            spec, fresh, concept, rivals={"rival": circuit | circuit}, unit_fractions=(), edge_fractions=(), draws=1
+        )

@@ -144,7 +144,8 @@ def discover(
     labels: Labels = "auto",
     weights: Weights = "default",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the result.")] = Path("circuit"),
-    pictures: Annotated[int, typer.Option(help="Image regions shown for each unit.")] = 4,
+    pictures: Annotated[int, typer.Option(help="Image regions shown for each unit that has pictures.")] = 4,
+    pictured: Annotated[int, typer.Option(help="Units of each layer that have pictures, the strongest first.")] = 12,
     draws: Annotated[int, typer.Option(help="Random circuits to compare with.")] = 5,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 8,
     seed: Annotated[int, typer.Option(help="Of every random choice.", min=0, max=2**63 - 1)] = 0,
@@ -163,7 +164,7 @@ def discover(
         test=test,
         others=others,
         find_with=find_with,
-        layers=[name.strip() for name in layer_names.split(",") if name.strip()] if layer_names else None,
+        layers=_names(layer_names),
         units=_units(units),
         score=score,
         summary=summary,
@@ -173,6 +174,7 @@ def discover(
         labels=None if labels == "none" else labels,
         draws=draws,
         n_pictures=pictures,
+        n_pictured=pictured,
         batch_size=batch_size,
         seed=seed,
         strict=strict,
@@ -349,6 +351,15 @@ def _load(model: str, weights: str) -> ModelSpec:
     from viscircuits.models import load_model
 
     return load_model(model, weights=weights)
+
+
+def _names(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ViscircuitsError(f"--layers takes names with commas between them, got {text!r}")
+    return names
 
 
 def _units(text: str) -> int | float:

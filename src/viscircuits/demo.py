@@ -72,7 +72,7 @@ def demo(out: str | Path, *, command: str = "viscircuits demo", progress: bool =
     bundle = discover(
         spec, list(animals), out, reference=list(things), layers=late, units=0.05, contrast="ratio", ablation="mean",
         labels=labels,
-        draws=3, edge_fractions=(0.25, 0.5, 1.0), n_pictures=3, n_pictured=8, title="animal",
+        draws=3, edge_fractions=(0.25, 0.5, 1.0), n_pictures=2, n_pictured=24, title="animal",
         command=command, progress=progress,
     )  # fmt: skip
     edited, _ = edit_from(out, Path(out) / "edited.safetensors")

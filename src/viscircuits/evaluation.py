@@ -7,7 +7,8 @@
    order.
 2. Each batch of images runs under every condition and is forgotten; kept is one number per image,
    condition and measure.
-3. Means, falls and selectivity with bootstrap intervals over images.
+3. Means, falls and selectivity with intervals over images: Wilson's for a share of images, the
+   bootstrap's for everything else.
 
 The measure is accuracy where labels are known, agreement with the untouched network's answer
 where they are not, and cosine similarity for a network that gives embeddings.

@@ -474,7 +474,7 @@ function fillEvaluation() {
   const edge = evaluation.edge_curve, share = (e, name, text) => (known(e?.value) ? [make("dt", {}, name), make("dd", {}, `${figure(e.value)} ${band(e, figure)} `, make("span", { class: "note" }, text))] : [make("dt", {}, name), make("dd", {}, "not measured")]);
   const ablation = evaluation.ablation ?? "an unrecorded";
   panel.replaceChildren(verdict(),
-    make("p", { class: "note" }, `${evaluation.ablation ? ablation[0].toUpperCase() + ablation.slice(1) : "Unrecorded"} ablation; ${measure.word}. Brackets and bands are bootstrap intervals.`),
+    make("p", { class: "note" }, `${evaluation.ablation ? ablation[0].toUpperCase() + ablation.slice(1) : "Unrecorded"} ablation; ${measure.word}. Brackets and bands are 95 % intervals.`),
     make("h3", {}, "What is lost, beside controls of the same size"), effectTable(),
     make("p", { class: "note" }, `Selectivity: fall on the concept − fall on the others${measure.share ? ", in percentage points" : ""}. Hollow: before; filled: after.`),
     ...imagesUsed().filter(Boolean), make("h3", {}, "The circuit by itself"), make("dl", { class: "images" },
