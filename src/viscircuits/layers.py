@@ -61,14 +61,6 @@ class Layer:
         """How many units the layer has."""
         return self.shape[self.unit_axis - 1]
 
-    @property
-    def n_positions(self) -> int:
-        """How many positions (pixels, tokens) each unit has a value at."""
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total // max(self.n_units, 1)
-
 
 def parse_address(text: str) -> Address:
     """Split a layer address into its parts.
