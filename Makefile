@@ -10,6 +10,7 @@
 # PYTHON=…       which Python makes it (python3)
 # PYTEST_ARGS=…  more arguments for pytest: `make test PYTEST_ARGS='-k circuit -n 2'`
 # DEMO_ARGS=…    more arguments for `viscircuits demo`
+# BENCH_ARGS=…   more arguments for benchmarks/speed.py: `make bench BENCH_ARGS='--networks resnet18'`
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -19,6 +20,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
@@ -48,8 +50,8 @@ docs: $(VENV)/.has-docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "The documentation is in site/index.html"
 
-bench: $(VENV)/.has-test
-	@$(BIN)/python benchmarks/attribution.py
+bench: $(VENV)/.has-bench
+	@$(BIN)/python benchmarks/speed.py $(BENCH_ARGS)
 
 ci: lint types docs test
 

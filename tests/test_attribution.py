@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,8 @@ import oracles
 from viscircuits import attribute, open_images, wrap
 from viscircuits.errors import ImageError, LayerError, ModelError, ViscircuitsError
 from viscircuits.hooks import activations, count_hooks
+from viscircuits.matrices import CONTRASTS
+from viscircuits.running import poisson_weights
 from viscircuits.scores.formulas import SCORES, SUMMARIES
 
 EVERY = [(score, summary) for score in SCORES for summary in SUMMARIES]
@@ -349,6 +355,74 @@ def test_the_reference_is_scored_as_the_concept_is(conv_net, photographs):
     assert_close(ratio, found.matrices[0].values / (other + other.mean()))
 
 
+# ------------------------------------------------------------------ rows, spread and replicates
+
+
+@pytest.mark.parametrize("engine", ["loop", "structured"])
+def test_only_the_rows_asked_for_are_computed(engine, conv_net, photographs):
+    options = {"engine": engine, "per_image": True, "draws": 2, "batch_size": 2}
+    whole = attribute(conv_net, photographs, ["1", "3", "5"], **options).matrices
+    part = attribute(conv_net, photographs, ["1", "3", "5"], targets={"3": [6, 1, 6]}, **options).matrices
+    rows, others = [1, 6], [0, 2, 3, 4, 5, 7]
+    for name in ("values", "signed", "variance", "per_image", "draws"):
+        assert_close(getattr(part[0], name)[..., rows, :], getattr(whole[0], name)[..., rows, :], 1e-6)
+        assert getattr(part[0], name)[..., others, :].isnan().all()
+        assert_close(getattr(part[1], name), getattr(whole[1], name), 1e-6)
+
+
+def test_the_variance_is_that_of_the_scores_of_single_images(conv_net, photographs):
+    found = matrix(conv_net, photographs, ["1", "3"], per_image=True)
+    assert_close(found.variance, found.per_image.var(0))
+    assert matrix(conv_net, photographs[:1], ["1", "3"]).variance is None
+
+
+def test_a_replicate_counts_images_by_poisson_weights(conv_net, photographs):
+    found = matrix(conv_net, photographs, ["1", "3"], per_image=True, draws=4, seed=7, batch_size=2)
+    weights = poisson_weights(7, 0, range(5), 4).T.float()  # (draw, image)
+    expected = torch.einsum("di,its->dts", weights, found.per_image) / weights.sum(1)[:, None, None]
+    assert_close(found.draws, expected)
+    for other in (1, 5):
+        assert_close(matrix(conv_net, photographs, ["1", "3"], draws=4, seed=7, batch_size=other).draws, found.draws)
+    assert not torch.equal(matrix(conv_net, photographs, ["1", "3"], draws=4, seed=8).draws, found.draws)
+
+
+def test_a_replicate_has_its_own_contrast(conv_net, photographs):
+    found = attribute(conv_net, photographs, ["1", "3"], reference=noise(3, 3, 16, 16, seed=2), draws=3)
+    assert found.n_draws == 3 and found.draw(0).n_draws == 0
+    for how in ("none", "difference", "ratio"):
+        for i in range(3):
+            one = found.draw(i).contrast(how).matrices[0].values
+            draws = (part.matrices[0].draws[i] for part in (found, found.reference))
+            assert torch.equal(one, CONTRASTS[how](*draws))
+        assert found.contrast(how).n_draws == (3 if how == "none" else 0)
+    with pytest.raises(ViscircuitsError, match="no bootstrap draw 3: there are 3"):
+        found.draw(3)
+
+
+def test_looking_stops_as_soon_as_it_is_enough(conv_net):
+    images, others = noise(40, 3, 16, 16), noise(10, 3, 16, 16, seed=2)
+    seen = []
+
+    def until(known) -> bool:
+        seen.append((known.n_images, known.reference.n_images))
+        return known.n_images >= 18
+
+    found = attribute(conv_net, images, ["1", "3"], reference=others, until=until)
+    assert seen == [(8, 8), (12, 10), (18, 10)]
+    assert found.provenance["stopped"] == {"looks": [8, 12, 18], "at": 18, "stable": True}
+    expected = attribute(conv_net, images[:18], ["1", "3"], reference=others)
+    assert_close(found.matrices[0].values, expected.matrices[0].values, 1e-6)
+    never = attribute(conv_net, images[:10], ["1", "3"], until=lambda known: False)
+    assert never.provenance["stopped"] == {"looks": [8, 10], "at": 10, "stable": False}
+
+
+def test_a_memory_budget_changes_nothing_but_the_memory(conv_net, photographs):
+    plain = matrix(conv_net, photographs, ["1", "3"]).values
+    assert_close(matrix(conv_net, photographs, ["1", "3"], memory="512M").values, plain, 1e-6)
+    with pytest.raises(ViscircuitsError, match=r"budget of 10M cannot hold the sums .* give at least \d+M"):
+        attribute(conv_net, photographs, ["1", "3"], memory=10 * 2**20)
+
+
 # ------------------------------------------------------------------ what made it
 
 
@@ -358,7 +432,9 @@ def test_provenance_is_complete_and_plain(conv_net, photographs):
     assert provenance == found.provenance  # no tuple, no tensor
     assert provenance["model"] == "Sequential"
     assert (provenance["score"], provenance["summary"], provenance["layers"]) == ("signed", "mean", ["1", "3"])
-    assert provenance["engines"] == ["structured"]
+    (engine,) = provenance["engines"]
+    assert engine.pop("seconds") > 0
+    assert engine == {"source": "1", "target": "3", "engine": "structured", "left": []}
     assert provenance["images"]["n"] == 5 and len(provenance["images"]["names"]) == 5
     assert set(provenance["versions"]) >= {"viscircuits", "torch", "torchvision", "python"}
 
@@ -452,6 +528,11 @@ def test_layers_without_a_path_are_an_error(photographs):
         ({"summary": "men"}, "no summary 'men'. Did you mean 'mean'"),
         ({"engine": "fast"}, "no engine 'fast'..*Choose one of auto, loop, structured"),
         ({"batch_size": 0}, "batch size must be at least 1, got 0"),
+        ({"draws": -1}, "draws and seed are whole numbers from 0, got -1"),
+        ({"dtype": torch.int8}, "dtype must be a floating-point type .*got torch.int8"),
+        ({"memory": "much"}, "a number of bytes, or a text such as 512M or 2G; got 'much'"),
+        ({"targets": {"1": [0]}}, "targets are wanted in '1', which is no target layer here.*There are 3"),
+        ({"targets": {"3": [8]}}, "targets name unit 8 of '3', which has units 0 to 7"),
     ],
 )
 def test_wrong_options_are_named(options, wrong, conv_net, photographs):
@@ -490,3 +571,59 @@ def test_images_that_do_not_fit_the_network_are_an_error(conv_net, photographs):
     with pytest.raises(ImageError, match=r"an image tensor is \(N, C, H, W\)"):
         attribute(conv_net, photographs[0], ["1", "3"])
     assert count_hooks(conv_net) == 0
+
+
+# ------------------------------------------------------------------ memory
+
+
+MEASURE = """
+import sys, torch
+from torch import nn
+from viscircuits import attribute
+
+def status(what):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what)) / 1024
+
+class Stream:
+    def __init__(self, n):
+        self.n = n
+    def __iter__(self):
+        g = torch.Generator().manual_seed(0)
+        for _ in range(self.n):
+            yield torch.randn(3, size, size, generator=g)
+
+torch.set_num_threads(1)
+n, size, width, memory = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+wide = [nn.Conv2d(width, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3), nn.ReLU()]
+model = nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), *wide).eval()
+with torch.no_grad():
+    model(torch.randn(1, 3, size, size))
+before = status("VmRSS")
+attribute(model, Stream(n), ["1", "3", "5"], memory=None if memory == "-" else memory, batch_size=8, draws=2)
+print(before, status("VmHWM"))
+"""
+
+
+def peak(n: int, size: int, width: int, memory: str) -> tuple[float, float]:
+    """Mebibytes the process has, and has at most, before and while images are attributed."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc here: peak memory is not measured")
+    command = [sys.executable, "-c", MEASURE, str(n), str(size), str(width), memory]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+    before, most = map(float, ended.stdout.split())
+    return before, most
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_the_number_of_images():
+    (_, few), (_, many) = peak(50, 16, 12, "-"), peak(1000, 16, 12, "-")
+    assert many <= 1.1 * few
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [384, 768])
+def test_a_memory_budget_is_obeyed(budget):
+    before, most = peak(3, 128, 64, f"{budget}M")
+    assert most - before <= budget

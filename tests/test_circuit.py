@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from viscircuits.circuit import Circuit, Edge, Unit
 from viscircuits.errors import FileFormatError, ViscircuitsError
 from viscircuits.files import write_atomically
+from viscircuits.selection import shrink
 
 WIDTHS = {"conv1": 4, "conv2": 5}
 EDGES = tuple(
@@ -151,6 +153,32 @@ def test_every_circuit_survives_json(a):
 def test_the_same_circuit_is_the_same_bytes(chosen, tmp_path):
     again = Circuit.from_json(chosen.to_json())
     assert chosen.save(tmp_path / "a").read_bytes() == again.save(tmp_path / "b").read_bytes()
+
+
+@pytest.fixture
+def sure(chosen) -> Circuit:
+    """A circuit that carries shares of bootstrap draws."""
+    edges = tuple(replace(edge, chosen=0.25) for edge in chosen.edges)
+    return replace(chosen, chosen={"conv1": (0.5, 1.0), "conv2": (0.75,)}, edges=edges)
+
+
+def test_shares_of_draws_survive_json_and_a_file_without_them_loads(sure, chosen, tmp_path):
+    assert Circuit.load(sure.save(tmp_path / "sure.json")) == sure
+    data = sure.to_json()
+    for entry in (*data["layers"], *data["edges"]):
+        del entry["chosen"]
+    assert Circuit.from_json(data) == chosen
+    assert "chosen" not in json.dumps(chosen.to_json())
+
+
+def test_shares_of_draws_stay_with_their_units(sure):
+    assert sure.restrict(("conv1",)).chosen == {"conv1": (0.5, 1.0)}
+    small = shrink(sure, 0.5)
+    assert small.units["conv1"] == (0,) and small.chosen == {"conv1": (0.5,), "conv2": (0.75,)}
+    both = sure | sure.complement()
+    assert not both.chosen and {edge.chosen for edge in both.edges} == {None}
+    with pytest.raises(ViscircuitsError, match="2 shares of draws for 1 units"):
+        replace(sure, chosen={"conv2": (0.5, 0.5)})
 
 
 def damaged(data: dict, **changes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
 
@@ -12,8 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from viscircuits import cli
+from viscircuits import cli, discovery
 from viscircuits.ablation import ABLATIONS
+from viscircuits.budget import ENGINES
 from viscircuits.circuit import Circuit
 from viscircuits.cli import app
 from viscircuits.matrices import CONTRASTS
@@ -22,7 +24,7 @@ from viscircuits.selection import REFINEMENTS
 
 MODEL = ("torchvision:squeezenet1_1", "--weights", "none")
 LAYERS = ("--layers", "features.11,features.12")
-QUICK = ("--draws", "1", "--pictures", "1", "--units", "4")
+QUICK = ("--draws", "1", "--pictures", "1", "--units", "4", "--bootstrap", "3")
 
 
 def run(*words: str | Path) -> tuple[int, str, str]:
@@ -106,7 +108,7 @@ def test_compare_of_a_circuit_with_itself_is_total_and_says_what_chance_is(found
     assert all(0 < row["chance"] < 0.1 for row in json.loads(out))
 
 
-@pytest.mark.parametrize("command", ["layers", "discover", "evaluate", "edit", "view", "compare", "demo"])
+@pytest.mark.parametrize("command", ["layers", "discover", "attribute", "evaluate", "edit", "view", "compare", "demo"])
 def test_every_command_has_help_with_an_example(command):
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -116,9 +118,63 @@ def test_every_command_has_help_with_an_example(command):
 def test_the_choices_of_the_command_line_are_the_registries():
     for choices, registry in (
         (cli.Score, SCORES), (cli.Summary, SUMMARIES), (cli.Contrast, CONTRASTS), (cli.Refine, REFINEMENTS),
-        (cli.Ablation, ABLATIONS),
+        (cli.Ablation, ABLATIONS), (cli.Engine, ENGINES),
     ):  # fmt: skip
         assert set(get_args(choices)) == set(registry)
+
+
+def test_the_types_of_the_command_line_are_torchs_own():
+    for name in get_args(cli.Dtype):
+        assert cli._dtype(name) is getattr(torch, name)
+    assert cli._dtype(None) is None
+
+
+def test_the_version_is_that_of_the_package():
+    assert run("--version") == (0, version("viscircuits") + "\n", "")
+
+
+def test_attribute_writes_matrices_that_discover_goes_on_from(tmp_path, monkeypatch):
+    words = (*MODEL, "render:grating,n=4", *LAYERS, "--bootstrap", "3", "--out", tmp_path)
+    code, out, err = run("attribute", *words, "--find-with", "2", "-v")
+    assert code == 0, err
+    assert out == f"{tmp_path / 'attributions.safetensors'}: 2 images, 2 layers\n"
+    head, row = (line.split() for line in err.splitlines()[-2:])
+    assert head == ["from", "to", "engine", "left", "to", "autograd", "seconds"]
+    assert row[:3] == ["concept", "features.11", "features.12"] and float(row[-1]) > 0
+    monkeypatch.setattr(discovery, "attribute", lambda *_, **__: pytest.fail("attributed again"))
+    code, out, err = run("discover", *words, "--find-with", "2", "--draws", "1", "--pictures", "0", "--units", "4")
+    assert code == 0, err
+    assert "3 bootstrap draws: circuits from as many other images would overlap by about" in out
+
+
+def test_until_stable_says_how_many_images_were_needed(tmp_path):
+    code, out, err = run(
+        "discover", *MODEL, "render:grating,n=30", *LAYERS, *QUICK, "--until-stable", "0.01", "--out", tmp_path
+    )
+    assert code == 0, err
+    assert "stable after 12 images of each set (overlap 0.01 at 2 looks in a row)" in out
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch, tmp_path):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(discovery, "attribute", interrupt)
+    monkeypatch.setattr("sys.argv", ["viscircuits", "discover", "two words"])
+    code, _, err = run("discover", *MODEL, "render:grating,n=4", *LAYERS, *QUICK, "--out", tmp_path)
+    assert code == 130
+    assert err.splitlines()[-1].endswith("to go on from what is finished: viscircuits discover 'two words'")
+
+
+def test_workers_but_the_first_print_nothing_but_their_mistakes(monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")  # without torchrun's other words there is no team to join
+    monkeypatch.setattr(discovery, "is_first", lambda: False)
+    words = ("attribute", *MODEL, "render:grating,n=2", *LAYERS, "--bootstrap", "0", "-v")
+    assert run(*words, "--out", tmp_path) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+    code, out, err = run(*words, "--memory", "much", "--out", tmp_path)
+    assert (code, out) == (2, "")
+    assert err.startswith("viscircuits: worker 1: ")
 
 
 # ------------------------------------------------------------------ mistakes
@@ -195,6 +251,20 @@ MISTAKES = [
     (discover("--find-with", "4"), "4"),
     (discover("--batch-size", "0"), "batch size"),
     (discover("--draws", "0"), "draws"),
+    (discover("--engine", "steam"), "steam"),
+    (discover("--dtype", "int8"), "int8"),
+    (discover("--memory", "much"), "much"),
+    (discover("--memory", "1K"), "--memory"),
+    (discover("--bootstrap", "-1"), "bootstrap"),
+    (discover("--bootstrap", "some"), "--bootstrap"),
+    (discover("--until-stable", "1.5"), "1.5"),
+    (discover("--until-stable", "soon"), "--until-stable"),
+    (discover("--until-stable", "0.9", "--bootstrap", "1"), "--bootstrap"),
+    (("attribute", *MODEL, "{wrong}/nowhere", "--out", "{out}"), "nowhere"),
+    (("attribute", *MODEL, "render:grating,n=4", *LAYERS), "--out"),
+    (("attribute", *MODEL, "render:grating,n=4", *LAYERS, "--out", "{wrong}/file"), "file"),
+    (("attribute", *MODEL, "render:grating,n=4", *LAYERS, "--find-with", "4", "--out", "{out}"), "4"),
+    (("attribute", *MODEL, "render:grating,n=4", *LAYERS, "--batch-size", "0", "--out", "{out}"), "batch size"),
     (discover("--labels", "{wrong}/nolabels.csv"), "nolabels.csv"),
     (discover("--labels", "{wrong}/labels.csv"), "nobody.png"),
     (discover("--test", "render:grating,n=4"), "used to find"),

@@ -20,7 +20,7 @@ from viscircuits.ablation import ablate, measure
 from viscircuits.attribution import attribute
 from viscircuits.bundle import Bundle
 from viscircuits.circuit import Circuit
-from viscircuits.discovery import concept_name, discover, edit_from, evaluate_again, strongest
+from viscircuits.discovery import attribute_images, concept_name, discover, edit_from, evaluate_again, strongest
 from viscircuits.errors import ImageError, LayerError, ModelError, ViscircuitsError
 from viscircuits.hooks import count_hooks
 from viscircuits.images import batches, open_images
@@ -30,7 +30,7 @@ GRATING, COLOUR = "render:grating,size=32,n=6", "render:colour,size=32,n=6"
 LAYERS = ("1", "3", "5")
 OPTIONS = {
     "reference": COLOUR, "units": 2, "draws": 2, "n_pictures": 1, "edge_fractions": (1.0,),
-    "command": "viscircuits discover tiny render:grating",
+    "bootstrap": 4, "command": "viscircuits discover tiny render:grating",
 }  # fmt: skip
 
 
@@ -57,11 +57,18 @@ def tiny(seed: int = 0) -> ModelSpec:
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, without the time in circuit.json."""
+    """Every file below a folder, without the time in circuit.json and the seconds that attribution took."""
     found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     data = json.loads(found["circuit.json"])
     del data["created"]
-    return {**found, "circuit.json": json.dumps(data).encode()}
+    timeless = {name: without_seconds(content) for name, content in found.items() if name.endswith(".safetensors")}
+    return {**found, **timeless, "circuit.json": json.dumps(data).encode()}
+
+
+def without_seconds(content: bytes) -> bytes:
+    """A safetensors file's header and body, without what the header says of time."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return re.sub(rb'\\"seconds\\": [\d.e-]+', b"", content[8:end]).rstrip() + content[end:]
 
 
 def shown(bundle: Bundle) -> dict:
@@ -130,7 +137,8 @@ def shards(path: Path, n: int) -> Path:
 def test_a_run_leaves_the_whole_folder_and_it_reads_back_as_what_was_found(run):
     folder, found = run
     assert {path.name for path in folder.iterdir()} == {
-        "circuit.json", "attributions.safetensors", "evaluation.json", "pictures", "index.html",
+        "circuit.json", "attributions.safetensors", "attributions.draws.safetensors", "evaluation.json", "pictures",
+        "index.html",
     }  # fmt: skip
     loaded = Bundle.load(folder)
     assert loaded.circuit == found.circuit
@@ -236,10 +244,16 @@ def test_attributions_of_something_else_are_not_taken(folder, change, monkeypatc
         discover(tiny(), GRATING, folder, **{**OPTIONS, **change})
 
 
+def test_other_attributions_in_the_folder_are_not_replaced_in_silence(folder, unevaluated):
+    with pytest.warns(UserWarning, match=r"something else \(score\): attributing anew"):
+        discover(tiny(), GRATING, folder, **{**OPTIONS, "score": "gradient"})
+
+
 @pytest.mark.parametrize("what", ["weights", "images", "damaged"])
 def test_attributions_of_another_network_or_concept_or_damaged_ones_are_not_taken(folder, what, monkeypatch):
     if what == "damaged":
-        (folder / "attributions.safetensors").write_bytes(b"half a file")
+        for file in folder.glob("*.safetensors"):
+            file.write_bytes(b"half a file")
     monkeypatch.setattr(discovery, "attribute", refuse)
     images = "render:curve,size=32,n=6" if what == "images" else GRATING
     with pytest.raises(AssertionError, match="was computed"):
@@ -265,6 +279,113 @@ def test_a_rerun_with_fewer_units_and_no_pictures_leaves_none_of_the_old_ones(fo
     assert not list(folder.rglob("*.png"))
 
 
+def test_without_its_draws_a_folder_serves_a_run_that_asks_for_none(folder, run, monkeypatch, unevaluated):
+    (folder / "attributions.draws.safetensors").unlink()
+    monkeypatch.setattr(discovery, "attribute", refuse)
+    found = discover(tiny(), GRATING, folder, **{**OPTIONS, "bootstrap": 0})
+    assert found.circuit.units == run[1].circuit.units
+    assert (found.circuit.chosen, found.circuit.edges[0].chosen) == ({}, None)
+    with pytest.warns(UserWarning, match="bootstrap draws"), pytest.raises(AssertionError, match="was computed"):
+        discover(tiny(), GRATING, folder, **OPTIONS)
+
+
+def test_large_draws_are_kept_for_a_discovery_to_come_but_not_after_it(tmp_path, monkeypatch, unevaluated):
+    monkeypatch.setattr(discovery, "MOST_KEPT", 100)
+    discover(tiny(), GRATING, tmp_path / "found", **OPTIONS)
+    attribute_images(tiny(), GRATING, tmp_path / "to come", bootstrap=4)
+    assert [path.name for path in (tmp_path / "found").glob("*.safetensors")] == ["attributions.safetensors"]
+    assert (tmp_path / "to come" / "attributions.draws.safetensors").exists()
+
+
+def test_the_attributions_alone_serve_a_run_that_finds_with_the_same_images(run, tmp_path, monkeypatch, unevaluated):
+    found = attribute_images(tiny(), GRATING, tmp_path, reference=COLOUR, find_with=3, bootstrap=4)
+    assert {path.name for path in tmp_path.iterdir()} == {"attributions.safetensors", "attributions.draws.safetensors"}
+    assert (found.n_images, found.reference.n_images) == (3, 3)
+    monkeypatch.setattr(discovery, "attribute", refuse)
+    assert discover(tiny(), GRATING, tmp_path, **OPTIONS).circuit == run[1].circuit
+
+
+def test_without_a_number_every_image_is_attributed_and_serves_a_run_with_test_images(
+    tmp_path, monkeypatch, unevaluated
+):
+    attribute_images(tiny(), GRATING, tmp_path, bootstrap=0)
+    monkeypatch.setattr(discovery, "attribute", refuse)
+    options = {**OPTIONS, "reference": None, "bootstrap": 0, "test": "render:curve,size=32,n=2"}
+    assert discover(tiny(), GRATING, tmp_path, **options).circuit.provenance["images"]["n"] == 6
+
+
+def test_how_to_attribute_reaches_attribute_with_a_checkpoint_in_the_folder(tmp_path, monkeypatch, unevaluated):
+    asked = {}
+    monkeypatch.setattr(discovery, "attribute", lambda *given, **how: asked.update(how) or attribute(*given, **how))
+    how = {"engine": "loop", "dtype": torch.float32, "memory": "1G", "batch_size": 2, "seed": 5}
+    discover(tiny(), GRATING, tmp_path, **{**OPTIONS, **how})
+    assert {**how, "draws": 4, "until": None, "checkpoint": tmp_path / "attributions.parts"}.items() <= asked.items()
+
+
+def test_a_worker_that_is_not_the_first_writes_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(discovery, "is_first", lambda: False)
+    found = discover(tiny(), GRATING, tmp_path, **OPTIONS)
+    assert found.circuit.units == run[1].circuit.units
+    assert found.evaluation is None
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------ how sure, and how many images
+
+
+def test_every_unit_and_edge_carries_how_often_it_is_chosen(run):
+    circuit = Circuit.load(run[0])
+    assert circuit.chosen.keys() == circuit.units.keys()
+    shares = {share * 4 for of_layer in circuit.chosen.values() for share in of_layer}
+    assert shares <= {0, 1, 2, 3, 4}  # of four draws
+    assert all(
+        0 <= edge.chosen <= min(share_of(circuit, edge.source), share_of(circuit, edge.target))
+        for edge in circuit.edges
+    )
+    assert circuit.selection["confidence"]["draws"] == 4
+    assert 0 < circuit.selection["confidence"]["overlap"] <= 1
+
+
+def share_of(circuit: Circuit, unit) -> float:
+    return circuit.chosen[unit.layer][circuit.units[unit.layer].index(unit.index)]
+
+
+MANY = {"images": "render:grating,size=32,n=80", "reference": "render:colour,size=32,n=80"}
+
+
+def test_images_are_taken_in_until_the_circuit_is_stable_and_the_rest_is_left(tmp_path, monkeypatch, unevaluated):
+    options = {**OPTIONS, "reference": MANY["reference"], "n_pictures": 0, "until_stable": 0.05}
+    made = discover(tiny(), MANY["images"], tmp_path, **options).circuit.provenance
+    assert (made["images"]["n"], made["reference"]["n"]) == (12, 12)  # the second look of 8, 12, 18, …
+    assert made["stopped"]["stable"] and made["stopped"]["looks"] == [8, 12]
+    assert made["stopped"]["rule"]["overlap"] == 0.05 and made["stopped"]["rule"]["units"] == 2
+    assert [n for n, _ in made["stopped"]["overlaps"]] == [8, 12]
+    with monkeypatch.context() as patch:
+        patch.setattr(discovery, "attribute", refuse)
+        assert discover(tiny(), MANY["images"], tmp_path, **options).circuit.provenance == made
+        with pytest.warns(UserWarning, match="when to stop"), pytest.raises(AssertionError, match="was computed"):
+            discover(tiny(), MANY["images"], tmp_path, **{**options, "units": 3})
+
+
+def test_a_circuit_that_never_comes_to_rest_takes_the_whole_half_and_says_so(tmp_path, monkeypatch):
+    tested = []
+    monkeypatch.setattr(discovery, "evaluate", lambda spec, circuit, concept, others, **_: tested.append(concept))
+    options = {
+        **OPTIONS,
+        "reference": MANY["reference"],
+        "n_pictures": 0,
+        "until_stable": 1.0,
+        "units": 1,
+        "layers": ["1", "3"],
+    }
+    monkeypatch.setattr(discovery.Stable, "reached", property(lambda self: False))
+    made = discover(tiny(), MANY["images"], None, **options).circuit.provenance
+    assert made["images"]["n"] == 40  # more than the 32 that are enough where nobody asks
+    assert not made["stopped"]["stable"]
+    names = {entry.name for entry in tested[0].entries}
+    assert len(names) == 40 and not names & set(made["images"]["names"])
+
+
 # ------------------------------------------------------------------ mistakes
 
 
@@ -282,6 +403,10 @@ def test_a_rerun_with_fewer_units_and_no_pictures_leaves_none_of_the_old_ones(fo
         (GRATING, {"contrast": "quotient"}, ViscircuitsError, "quotient"),
         (GRATING, {"refine": "annealing"}, ViscircuitsError, "annealing"),
         (GRATING, {"ablation": "median"}, ViscircuitsError, "median"),
+        (GRATING, {"engine": "steam"}, ViscircuitsError, "steam"),
+        (GRATING, {"bootstrap": -1}, ViscircuitsError, "bootstrap must be at least 0, got -1"),
+        (GRATING, {"until_stable": 1.5}, ViscircuitsError, "1.5"),
+        (GRATING, {"until_stable": 0.9, "bootstrap": 1}, ViscircuitsError, "at least 2.*got 1"),
         (GRATING, {"units": 9}, ViscircuitsError, "9"),
         (GRATING, {"layers": ["1", "nowhere"]}, LayerError, "nowhere"),
         (GRATING, {"labels": {"elsewhere.png": "red"}}, ViscircuitsError, "elsewhere"),
@@ -442,6 +567,16 @@ def test_images_that_are_not_there_any_more_are_asked_for(
     assert edit_from(tmp_path / "out", tmp_path / "edited.safetensors", images=GRATING)[0].folded == LAYERS
     with pytest.raises(ViscircuitsError, match="'mean' needs reference"):
         edit_from(tmp_path / "out", tmp_path / "edited.safetensors", images=GRATING, ablation="mean")
+
+
+def test_the_images_of_a_stream_that_were_enough_are_found_again(tmp_path, monkeypatch, loads_tiny, unevaluated):
+    stream = shards(tmp_path / "a.tar", 20)
+    monkeypatch.setattr(discovery.Stable, "reached", property(lambda self: True))  # at the first look, of 8
+    options = {**OPTIONS, "reference": None, "n_pictures": 0, "find_with": 14, "until_stable": 0.5}
+    made = discover(tiny(), stream, tmp_path / "out", **options).circuit.provenance
+    assert made["images"]["n"] == 8
+    again = discovery._found_with(json.loads((tmp_path / "out" / "circuit.json").read_text())["provenance"], "images")
+    assert [picture.digest[:16] for picture in again] == made["images"]["digests"]
 
 
 # ------------------------------------------------------------------ names and the strongest units

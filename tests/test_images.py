@@ -27,7 +27,18 @@ from PIL import Image
 from torch import Tensor
 
 from viscircuits.errors import ImageError
-from viscircuits.images import ImageSet, Picture, batches, digest_of, open_images, sample, split
+from viscircuits.images import (
+    SHARD_PLACES,
+    ImageSet,
+    Picture,
+    batches,
+    digest_of,
+    fingerprint,
+    open_images,
+    portions,
+    sample,
+    split,
+)
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -745,3 +756,68 @@ def test_every_photograph_of_the_sample_is_read(shared_data):
     images = open_images(shared_data / "imagenet-sample", limit=40)
     assert [p.name for p in images][:2] == ["000_tench.jpg", "001_goldfish.jpg"]
     assert images.skipped == []
+
+
+# ---------------------------------------------------------------- portions
+
+
+def places(images, size: int, cuts=(), **options) -> list[list[int]]:
+    """Places of the images of each portion."""
+    return [
+        [place for batch in portion.batches(tensor_of, 2) for place in batch.places]
+        for portion in portions(images, size, cuts, **options)
+    ]
+
+
+def tensor_of(image: Image.Image) -> torch.Tensor:
+    return torch.full((3, 2, 2), float(image.getpixel((0, 0))[0]))
+
+
+def test_portions_are_runs_that_end_at_every_cut():
+    tensor = torch.rand(9, 3, 2, 2)
+    for images in (tensor, list(tensor), [tensor[:4], tensor[4:]]):
+        assert places(images, 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+        assert places(images, 4, [3, 5]) == [[0, 1, 2], [3, 4], [5, 6, 7, 8]]
+    assert places(tensor[:0], 4) == []
+    assert [p.number for p in portions(tensor, 4)] == [0, 1, 2]
+
+
+def test_each_of_several_shards_is_a_portion_with_places_of_its_own(tmp_path):
+    for i, n in enumerate((2, 3)):
+        write_tar(tmp_path / f"s{i}.tar", {f"{j}.png": png() for j in range(n)})
+    images = open_images(str(tmp_path / "s*.tar"))
+    first = SHARD_PLACES
+    assert places(images, 2) == [[0, 1], [first, first + 1, first + 2]]
+    assert places(images, 2, by_shard=False) == [[0, 1], [2, 3], [4]]
+    part = sample(images, 3, 0)  # nobody knows how many of them are in which shard
+    assert places(part, 2) == [[0, 1], [2]]
+    opened = list(portions(images, 2))
+    (tmp_path / "s0.tar").unlink()
+    assert len(list(opened[1].batches(tensor_of, 8))) == 1  # another's shard is never looked at
+    with pytest.raises(ImageError, match=r"s0\.tar' has vanished since it was opened"):
+        list(opened[0].batches(tensor_of, 8))
+
+
+def test_a_portion_may_hold_nothing_that_can_be_read(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(png() if i >= 2 else b"no")
+    one, two = portions(open_images(tmp_path), 2)
+    assert list(one.batches(tensor_of, 2)) == [] and [each.name for each in one.skipped] == ["0.png", "1.png"]
+    assert [batch.names for batch in two.batches(tensor_of, 2)] == [("2.png", "3.png")]
+
+
+def test_a_fingerprint_tells_sets_apart_without_reading_them(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "pictures" / f"{name}.png").write_bytes(b"never read")
+    folder = fingerprint(open_images(tmp_path / "pictures"))
+    assert fingerprint(open_images(tmp_path / "pictures")) == folder
+    (tmp_path / "pictures" / "b.png").rename(tmp_path / "pictures" / "c.png")
+    assert fingerprint(open_images(tmp_path / "pictures")) != folder
+    shard = write_tar(tmp_path / "s.tar", {"a.png": png()})
+    before = fingerprint(open_images(shard))
+    assert fingerprint(open_images(shard, limit=1)) != before
+    write_tar(shard, {f"{i}.png": png() for i in range(30)})
+    assert fingerprint(open_images(shard)) != before
+    tensor = torch.rand(2, 3, 2, 2)
+    assert fingerprint(tensor) == fingerprint(tensor.clone()) != fingerprint(tensor + 1)

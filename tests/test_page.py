@@ -161,6 +161,21 @@ def test_the_page_holds_the_circuit_as_it_is(circuit):
     assert data["n_edges"] == len(circuit.edges)
 
 
+def with_shares(circuit: Circuit) -> Circuit:
+    """The circuit as 19 of 20 bootstrap draws would have it, but for its first edge."""
+    chosen = {layer: (0.95,) * len(units) for layer, units in circuit.units.items()}
+    edges = tuple(replace(edge, chosen=0.25 if i == 0 else 0.9) for i, edge in enumerate(circuit.edges))
+    found = {"draws": 20, "overlap": 0.81, "with_circuit": {"mean": 0.88, "low": 0.8, "high": 0.93}}
+    return replace(circuit, chosen=chosen, edges=edges, selection={**circuit.selection, "confidence": found})
+
+
+def test_the_page_holds_how_often_units_and_edges_are_chosen(circuit):
+    data = held(shown(with_shares(circuit)))
+    assert all(layer["chosen"] == [0.95] * len(layer["units"]) for layer in data["layers"])
+    assert sorted(set(data["edges"]["chosen"])) == [0.25, 0.9]
+    assert set(held(shown(circuit))["edges"]["chosen"]) == {None}
+
+
 def test_each_layer_shows_each_of_its_units_once(circuit):
     first = 0
     for layer in held(shown(circuit))["layers"]:
@@ -323,6 +338,17 @@ def test_images_that_served_twice_are_counted(browse, circuit):
     found = {**circuit.provenance, "images": {"address": "dogs", "n": 2, "names": ["c.jpg", "a.jpg"]}}
     assert "2 test images also served to find" in browse(shown(replace(circuit, provenance=found), evaluation))
     assert "also served" not in browse(shown(circuit, evaluation))
+
+
+def test_unit_edges_and_circuit_say_how_sure_they_are(browse, circuit):
+    dom = browse(shown(with_shares(circuit), fake_evaluation()), fragment=f"#{circuit.edges[0].source}")
+    assert_ran(dom)
+    assert "It is chosen in 19 of 20 bootstrap draws." in dom
+    assert " · 5 of 20 draws" in dom and " · 18 of 20 draws" in dom
+    assert "Would other images give this circuit?" in dom and "<b>0.81</b>" in dom and "0.88 [0.8, 0.93]" in dom
+    assert "Pale: chosen in less than half" in dom
+    plain = browse(shown(circuit, fake_evaluation()))
+    assert "bootstrap draws" not in plain and "Would other images" not in plain
 
 
 def test_an_evaluation_may_lack_any_entry(browse, circuit):

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from viscircuits.circuit import Circuit as Circuit
     from viscircuits.circuit import Edge as Edge
     from viscircuits.circuit import Unit as Unit
+    from viscircuits.confidence import Confidence as Confidence
+    from viscircuits.confidence import Stable as Stable
     from viscircuits.discovery import discover as discover
     from viscircuits.editing import Edited as Edited
     from viscircuits.editing import edit as edit
@@ -49,6 +51,7 @@ _ROOMS = {
     "attribution": ("attribute",),
     "bundle": ("Bundle",),
     "circuit": ("Circuit", "Edge", "Unit"),
+    "confidence": ("Confidence", "Stable"),
     "discovery": ("discover",),
     "editing": ("Edited", "edit"),
     "errors": ("ViscircuitsError",),

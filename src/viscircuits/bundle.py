@@ -8,7 +8,11 @@
     pictures/                  image regions that excite each unit, and pictures.json about them
     index.html                 one page that opens from disk
 
-The same inputs give the same bytes, but for the time in `circuit.json`.
+`discover` adds ``attributions.draws.safetensors``, the same with the bootstrap draws, where it is not
+too large: needed only to select another circuit, free to be deleted.
+
+The same inputs give the same bytes, but for the time in `circuit.json` and the seconds that each
+pair of layers took in `attributions.safetensors`.
 """
 
 from __future__ import annotations

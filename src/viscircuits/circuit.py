@@ -37,13 +37,15 @@ class Edge:
     """A connection from a unit to a unit of the next layer.
 
     `score` is the attribution the circuit was selected by, `signed` the signed linear
-    contribution of the source to the target (its sign says excite or inhibit).
+    contribution of the source to the target (its sign says excite or inhibit), `chosen` the
+    share of the bootstrap draws that choose both its units, if that was asked for.
     """
 
     source: Unit
     target: Unit
     score: float
     signed: float
+    chosen: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ class Circuit:
         How the choice was made and how good it is: objective, upper bound, gap, refinement.
     provenance
         What made it: model, digests, options, versions, seeds.
+    chosen
+        Layer address → for each chosen unit, the share of the bootstrap draws that choose it
+        (`viscircuits.confidence`). Empty when that was not asked for.
     """
 
     units: Mapping[str, tuple[int, ...]]
@@ -73,6 +78,7 @@ class Circuit:
     edges: tuple[Edge, ...] = ()
     selection: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    chosen: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for layer, indices in self.units.items():
@@ -83,11 +89,11 @@ class Circuit:
                 raise ViscircuitsError(f"units of layer {layer!r} must be ascending and distinct, got {indices}")
             if indices and not 0 <= indices[0] <= indices[-1] < width:
                 raise ViscircuitsError(f"layer {layer!r} has units 0 to {width - 1}, the circuit names {indices}")
-        for layer, scores in self.scores.items():
-            if len(scores) != len(self.units.get(layer, ())):
-                raise ViscircuitsError(
-                    f"layer {layer!r} has {len(scores)} scores for {len(self.units.get(layer, ()))} units"
-                )
+        for what, of_layers in (("scores", self.scores), ("shares of draws", self.chosen)):
+            for layer, numbers in of_layers.items():
+                n = len(self.units.get(layer, ()))
+                if len(numbers) != n:
+                    raise ViscircuitsError(f"layer {layer!r} has {len(numbers)} {what} for {n} units")
         outside = next((u for e in self.edges for u in (e.source, e.target) if u not in self), None)
         if outside is not None:
             raise ViscircuitsError(f"an edge of the circuit touches {outside}, which is not one of its units")
@@ -140,6 +146,7 @@ class Circuit:
             units={layer: v for layer, v in self.units.items() if layer in keep},
             widths={layer: v for layer, v in self.widths.items() if layer in keep},
             scores={layer: v for layer, v in self.scores.items() if layer in keep},
+            chosen={layer: v for layer, v in self.chosen.items() if layer in keep},
             edges=tuple(e for e in self.edges if e.source.layer in keep and e.target.layer in keep),
         )
 
@@ -155,7 +162,7 @@ class Circuit:
         }
         known = {(e.source, e.target): e for e in (*other.edges, *self.edges)}
         edges = tuple(
-            e
+            replace(e, chosen=None)  # no draw ever chose from this combination
             for e in known.values()
             if e.source.index in units[e.source.layer] and e.target.index in units[e.target.layer]
         )
@@ -176,6 +183,7 @@ class Circuit:
                     "n_units": self.widths[layer],
                     "units": list(indices),
                     "scores": list(self.scores.get(layer, ())),
+                    **({"chosen": list(self.chosen[layer])} if layer in self.chosen else {}),
                 }
                 for layer, indices in self.units.items()
             ],
@@ -185,6 +193,7 @@ class Circuit:
                     "target": [e.target.layer, e.target.index],
                     "score": e.score,
                     "signed": e.signed,
+                    **({} if e.chosen is None else {"chosen": e.chosen}),
                 }
                 for e in self.edges
             ],
@@ -207,10 +216,8 @@ class Circuit:
                 units={entry["name"]: tuple(map(index, entry["units"])) for entry in layers},
                 widths={entry["name"]: index(entry["n_units"]) for entry in layers},
                 scores={entry["name"]: tuple(map(float, entry["scores"])) for entry in layers if entry["scores"]},
-                edges=tuple(
-                    Edge(Unit(*e["source"]), Unit(*e["target"]), float(e["score"]), float(e["signed"]))
-                    for e in data["edges"]
-                ),
+                chosen={entry["name"]: tuple(map(float, entry["chosen"])) for entry in layers if "chosen" in entry},
+                edges=tuple(map(_edge, data["edges"])),
                 selection=dict(data["selection"]),
                 provenance=dict(data["provenance"]),
             )
@@ -233,6 +240,14 @@ class Circuit:
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise FileFormatError(f"{str(path)!r} is not JSON: {error}") from error
         return cls.from_json(data, origin=repr(str(path)))
+
+
+def _edge(entry: Mapping[str, Any]) -> Edge:
+    chosen = entry.get("chosen")
+    score, signed = float(entry["score"]), float(entry["signed"])
+    return Edge(
+        Unit(*entry["source"]), Unit(*entry["target"]), score, signed, None if chosen is None else float(chosen)
+    )
 
 
 def _difference(a: Circuit, b: Circuit) -> str:

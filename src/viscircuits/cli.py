@@ -6,11 +6,12 @@ Exit codes: 0 done, 2 the caller's mistake (one line on stderr), 1 ours.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import warnings
 import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,12 +21,15 @@ import typer
 from viscircuits.errors import ViscircuitsError
 
 if TYPE_CHECKING:
+    import torch
+
     from viscircuits.bundle import Bundle
+    from viscircuits.circuit import Circuit
+    from viscircuits.matrices import Attributions
     from viscircuits.models import ModelSpec
 
 app = typer.Typer(
     name="viscircuits",
-    help="Find the circuit of a visual concept in a pretrained vision model, test it, picture it, edit it out.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -42,6 +46,8 @@ Summary = Literal["norm", "mean", "sum", "max"]
 Contrast = Literal["none", "difference", "ratio"]
 Refine = Literal["coordinate", "paper", "none"]
 Ablation = Literal["zero", "mean", "resample", "noise"]
+Engine = Literal["auto", "loop", "structured"]
+Dtype = Literal["float32", "bfloat16"]
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Images = Annotated[str, typer.Argument(metavar="IMAGES", help=IMAGES_HELP)]
@@ -50,6 +56,32 @@ Weights = Annotated[str, typer.Option(metavar="default|none|FILE", help="Pretrai
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Labels = Annotated[
     str, typer.Option(metavar="auto|none|FILE", help="Classes from folder and file names, none, or a path,label file.")
+]
+Reference = Annotated[str | None, typer.Option(metavar="IMAGES", help="Images without the concept.")]
+LayerNames = Annotated[
+    str | None, typer.Option("--layers", metavar="A,B,…", help="Layers; default the post-activation ones.")
+]
+ScoreOption = Annotated[Score, typer.Option(help="How a connection is scored.")]
+SummaryOption = Annotated[Summary, typer.Option(help="What a target's map is summed up in.")]
+EngineOption = Annotated[Engine, typer.Option(help="How attribution is computed; the numbers are the same.")]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(help="Of attribution's dense work; default the model's. bfloat16 is faster where built in."),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(metavar="2G", help="What attribution may allocate beyond libraries and model; default all."),
+]
+Bootstrap = Annotated[
+    int, typer.Option(help="Draws of the images that say how sure each unit is; 0 for none. They take disk space.")
+]
+AttributionBatch = Annotated[
+    int | None, typer.Option(help="Images per forward pass; default what suits the engine and the memory.")
+]
+Seed = Annotated[int, typer.Option(help="Of every random choice.", min=0, max=2**63 - 1)]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print how each pair of layers was attributed, and how long it took.")
 ]
 
 
@@ -62,20 +94,52 @@ def _reports_mistakes(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except ViscircuitsError as error:
-            typer.echo(f"viscircuits: {' '.join(str(error).split())}", err=True)
+            typer.echo(f"viscircuits: {_worker()}{' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from error
         except OSError as error:  # a full disk, a folder that may not be written to
-            typer.echo(f"viscircuits: {error.strerror or error}: {error.filename or 'no file'}", err=True)
+            what = f"{error.strerror or error}: {error.filename or 'no file'}"
+            typer.echo(
+                f"viscircuits: {_worker()}{what}; what is finished is kept: mend it, give the command again", err=True
+            )
             raise typer.Exit(2) from error
         except KeyboardInterrupt:
-            typer.echo("viscircuits: stopped; give the same command again to go on from what is finished", err=True)
+            if _is_first():
+                typer.echo(f"viscircuits: stopped; to go on from what is finished: {_command()}", err=True)
             raise typer.Exit(130) from None
 
     return run
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    typer.echo(f"viscircuits: warning: {message}", err=True)
+    if _is_first():
+        typer.echo(f"viscircuits: warning: {message}", err=True)
+
+
+def _is_first() -> bool:
+    """Whether this process talks: of those that torchrun started, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _worker() -> str:
+    return "" if _is_first() else f"worker {os.environ['RANK']}: "
+
+
+def _show_version(asked: bool) -> bool:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(version("viscircuits"))
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Find the circuit of a visual concept in a pretrained vision model, test it, picture it, edit it out."""
 
 
 @app.command(epilog="Example: `viscircuits layers lite0`")
@@ -116,25 +180,27 @@ def layers(model: Model, weights: Weights = "default", as_json: Json = False) ->
     typer.echo(_aligned(table))
 
 
-@app.command(epilog="Example: `viscircuits discover lite0 photos/dogs --reference photos/other --units 5% --out dogs`")
+@app.command(
+    epilog="Example: `viscircuits discover lite0 photos/dogs --reference photos/other --units 5% --out dogs`\n\n"
+    "Until it is stable: `viscircuits discover lite0 photos/dogs --until-stable 0.8 --memory 2G -v --out dogs`"
+)
 @_reports_mistakes
 def discover(
     model: Model,
     images: Images,
-    reference: Annotated[str | None, typer.Option(metavar="IMAGES", help="Images without the concept.")] = None,
+    reference: Reference = None,
     test: Annotated[str | None, typer.Option(metavar="IMAGES", help="Test on these, not on a held-out part.")] = None,
     others: Annotated[
         str | None, typer.Option(metavar="IMAGES", help="Others to test on, not a held-out part of the reference.")
     ] = None,
     find_with: Annotated[
-        int | None, typer.Option(help="Images of each set that find the circuit; default half, at most 32.")
+        int | None,
+        typer.Option(help="Images of each set that find the circuit; default half, at most 32 but for --until-stable."),
     ] = None,
-    layer_names: Annotated[
-        str | None, typer.Option("--layers", metavar="A,B,…", help="Layers; default the post-activation ones.")
-    ] = None,
+    layer_names: LayerNames = None,
     units: Annotated[str, typer.Option(metavar="K|10%", help="Units per layer.")] = "10%",
-    score: Annotated[Score, typer.Option(help="How a connection is scored.")] = "cla",
-    summary: Annotated[Summary, typer.Option(help="What a target's map is summed up in.")] = "norm",
+    score: ScoreOption = "cla",
+    summary: SummaryOption = "norm",
     contrast: Annotated[
         Contrast | None,
         typer.Option(help="Concept against reference; default difference if there is one."),
@@ -144,15 +210,27 @@ def discover(
     labels: Labels = "auto",
     weights: Weights = "default",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the result.")] = Path("circuit"),
+    bootstrap: Bootstrap = 20,
+    until_stable: Annotated[
+        float | None,
+        typer.Option(metavar="0.9", help="Take in images until circuits from draws of them overlap by this much."),
+    ] = None,
     pictures: Annotated[int, typer.Option(help="Image regions shown for each unit that has pictures.")] = 4,
     pictured: Annotated[int, typer.Option(help="Units of each layer that have pictures, the strongest first.")] = 12,
     draws: Annotated[int, typer.Option(help="Random circuits to compare with.")] = 5,
-    batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of every random choice.", min=0, max=2**63 - 1)] = 0,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")] = False,
+    engine: EngineOption = "auto",
+    dtype: DtypeOption = None,
+    memory: Memory = None,
+    batch_size: AttributionBatch = None,
+    seed: Seed = 0,
+    strict: Strict = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Find the circuit of a concept, test it on held-out images, and write the result folder."""
+    """Find the circuit of a concept, test it on held-out images, and write the result folder.
+
+    A run that was stopped goes on when the same command is given again. Under `torchrun` the workers share the images.
+    """
     from viscircuits.discovery import discover as find
 
     spec = _load(model, weights)
@@ -172,16 +250,89 @@ def discover(
         refine=refine,
         ablation=ablation,
         labels=None if labels == "none" else labels,
+        bootstrap=bootstrap,
+        until_stable=until_stable,
         draws=draws,
         n_pictures=pictures,
         n_pictured=pictured,
+        engine=engine,
+        dtype=_dtype(dtype),
+        memory=memory,
         batch_size=batch_size,
         seed=seed,
         strict=strict,
         command=_command(),
-        progress=True,
+        progress=_is_first(),
     )
+    if not _is_first():
+        return
+    if verbose:
+        _print_ways(bundle.attributions)
     _print_result(bundle, out, as_json)
+
+
+@app.command(
+    epilog="Example: `viscircuits attribute lite0 photos/dogs --reference photos/other --find-with 32 --out dogs`\n\n"
+    "On eight processes: `torchrun --nproc-per-node 8 -m viscircuits attribute lite0 dogs.tar --memory 4G --out dogs`"
+)
+@_reports_mistakes
+def attribute(
+    model: Model,
+    images: Images,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for attributions.safetensors.")],
+    reference: Reference = None,
+    find_with: Annotated[
+        int | None, typer.Option(help="Leave all but so many images of each set for the test; default none.")
+    ] = None,
+    layer_names: LayerNames = None,
+    score: ScoreOption = "cla",
+    summary: SummaryOption = "norm",
+    weights: Weights = "default",
+    bootstrap: Bootstrap = 20,
+    engine: EngineOption = "auto",
+    dtype: DtypeOption = None,
+    memory: Memory = None,
+    batch_size: AttributionBatch = None,
+    seed: Seed = 0,
+    strict: Strict = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Compute and save the attributions alone; `discover` goes on from them.
+
+    `discover` with the same `--out`, model, layers, score and images takes them as they are: with the same
+    `--find-with`, or with test images of its own (`--test`) where all images were used here.
+    """
+    from viscircuits.discovery import attribute_images
+
+    found = attribute_images(
+        _load(model, weights),
+        images,
+        out,
+        reference=reference,
+        find_with=find_with,
+        layers=_names(layer_names),
+        score=score,
+        summary=summary,
+        bootstrap=bootstrap,
+        engine=engine,
+        dtype=_dtype(dtype),
+        memory=memory,
+        batch_size=batch_size,
+        seed=seed,
+        strict=strict,
+        progress=_is_first(),
+    )
+    if not _is_first():
+        return
+    if verbose:
+        _print_ways(found)
+    _print_skipped(found.provenance)
+    if as_json:
+        typer.echo(json.dumps({"folder": str(out), "provenance": dict(found.provenance)}))
+        return
+    n_reference = "" if found.reference is None else f" and {found.reference.n_images} of the reference"
+    typer.echo(f"{out / 'attributions.safetensors'}: {found.n_images} images{n_reference}, {len(found.layers)} layers")
 
 
 @app.command(epilog="Example: `viscircuits evaluate dogs photos/more-dogs --others photos/more-others --ablation mean`")
@@ -200,7 +351,7 @@ def evaluate(
     weights: Annotated[str | None, typer.Option(help="If the model's weights are elsewhere now.")] = None,
     draws: Annotated[int, typer.Option(help="Random circuits to compare with.")] = 5,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of every random choice.", min=0, max=2**63 - 1)] = 0,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Test a circuit on other images, or under another ablation, and renew its folder."""
@@ -371,6 +522,12 @@ def _units(text: str) -> int | float:
         ) from None
 
 
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return None if name is None else {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
 def _command() -> str:
     return shlex.join(["viscircuits", *sys.argv[1:]])
 
@@ -384,6 +541,7 @@ def _print_result(bundle: Bundle, out: Path, as_json: bool) -> None:
     chosen = circuit.selection
     typer.echo(f"{bundle.title}: {circuit.n_units} units in {len(circuit.layers)} layers, {len(circuit.edges)} edges")
     typer.echo(f"attribution inside it {chosen['objective']:.4g}, of {chosen['upper_bound']:.4g} at most for this size")
+    _print_confidence(circuit)
     if evaluation is not None:
         typer.echo(f"\n{evaluation.table()}\n")
         share = evaluation.faithfulness
@@ -393,9 +551,7 @@ def _print_result(bundle: Bundle, out: Path, as_json: bool) -> None:
                 f"kept alone, the circuit recovers {share.value:.2f} {interval} of what its layers do for the concept"
             )
     sets = data.get("images", {})
-    for images in (circuit.provenance.get("images"), *sets.values()):
-        for name, reason in (images or {}).get("skipped", ()):
-            typer.echo(f"skipped {name}: {reason}", err=True)
+    _print_skipped({**circuit.provenance, **{f"test {what}": each for what, each in sets.items()}})
     for what, each in sets.items():
         if each["left_out"]:
             typer.echo(f"left {each['left_out']} {what} test images out that had found the circuit", err=True)
@@ -405,6 +561,42 @@ def _print_result(bundle: Bundle, out: Path, as_json: bool) -> None:
     if sets and "others" not in sets:
         typer.echo("no images without the concept were given (--reference): selectivity is not measured", err=True)
     typer.echo(f"see {out / 'index.html'}")
+
+
+def _print_confidence(circuit: Circuit) -> None:
+    """What the bootstrap says of the circuit, and how many images were needed."""
+    found = circuit.selection.get("confidence")
+    if found:
+        unsure = sum(share < 0.5 for shares in circuit.chosen.values() for share in shares)
+        typer.echo(
+            f"{found['draws']} bootstrap draws: circuits from as many other images would overlap by about "
+            f"{found['overlap']:.2f}, or less; {unsure} of the units are chosen in less than half of the draws"
+        )
+    stopped = circuit.provenance.get("stopped")
+    if stopped:
+        asked = f"overlap {stopped['rule']['overlap']:g} at {stopped['rule']['patience']} looks in a row"
+        seen = max(each["n"] for each in (circuit.provenance.get(what) for what in ("images", "reference")) if each)
+        verdict = "stable after" if stopped["stable"] else "not yet stable after all"
+        typer.echo(f"{verdict} {seen} images of each set ({asked})")
+
+
+def _print_skipped(sets: Mapping[str, Any]) -> None:
+    for images in sets.values():
+        if isinstance(images, dict):
+            for name, reason in images.get("skipped", ()):
+                typer.echo(f"skipped {name}: {reason}", err=True)
+
+
+def _print_ways(attributions: Attributions | None) -> None:
+    """How each pair of layers was attributed: engine, what was left to autograd, seconds."""
+    if attributions is None:
+        return
+    table = [("", "from", "to", "engine", "left to autograd", "seconds")]
+    for what, part in (("concept", attributions), ("reference", attributions.reference)):
+        for way in part.provenance["engines"] if part is not None else ():
+            left = ", ".join(way["left"]) or "nothing"
+            table.append((what, way["source"], way["target"], way["engine"], left, f"{way['seconds']:.2f}"))
+    typer.echo(_aligned(table), err=True)
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> str:

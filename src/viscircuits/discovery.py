@@ -1,8 +1,9 @@
 """From images to a circuit with its evidence, in one call.
 
 1. Each image set is parted: the first part finds the circuit, the second, never seen, tests it.
-2. `attribute` on the first part (taken from the folder if it was computed there before).
-3. `select` the units; nothing here needs the network.
+2. `attribute` on the first part (taken from the folder if it was computed there before, gone on
+   with if it was begun there).
+3. `select` the units, and ask the bootstrap draws how sure each is; nothing here needs the network.
 4. `evaluate` on the second part, beside the controls.
 5. `exemplars`: what excites each chosen unit.
 6. Everything into one folder, with its page.
@@ -10,10 +11,14 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +26,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from viscircuits.ablation import ABLATIONS, N_SAMPLES, measure
-from viscircuits.attribution import N_DIGEST, Seen, attribute, find_layers, versions, what_ran
+from viscircuits.ablation import ABLATIONS, N_SAMPLES, Statistics, measure
+from viscircuits.attribution import attribute, find_layers, versions, what_ran
+from viscircuits.budget import ENGINES
 from viscircuits.bundle import Bundle
 from viscircuits.circuit import Circuit, Unit
+from viscircuits.confidence import Stable, confidence
 from viscircuits.editing import Edited, edit
 from viscircuits.errors import FileFormatError, ImageError, ModelError, ViscircuitsError
 from viscircuits.evaluation import Evaluation, LabelSource, evaluate, find_labels
@@ -33,10 +40,17 @@ from viscircuits.files import write_atomically
 from viscircuits.images import ImageSet, Source, batches, open_images, split
 from viscircuits.matrices import CONTRASTS, Attributions
 from viscircuits.models import ModelSpec, as_spec, load_model
+from viscircuits.running import N_DIGEST, Seen
 from viscircuits.scores.formulas import SCORES, SUMMARIES, choose
 from viscircuits.selection import REFINEMENTS, select, units_per_layer
+from viscircuits.workers import is_first, team
 
+FINISHED = "attributions.safetensors"
 UNFINISHED = "attributions.unfinished.safetensors"  # of a run that has not come to its end
+DRAWS = "attributions.draws.safetensors"  # with the bootstrap draws, which only another choice of units needs
+MOST_KEPT = 2**28  # bytes of draws that a finished discovery keeps; more are sooner computed again
+CHECKPOINT = "attributions.parts"  # sums of an attribution that has not come to its end
+BATCH_SIZE = 8  # images per forward pass, but for attribution
 N_CHECKED = 16  # images an edit is compared on
 MOST_TO_FIND = 32  # images used to find a circuit unless told otherwise: more changes little, see docs/results.md
 
@@ -58,18 +72,25 @@ def discover(
     refine: str = "coordinate",
     ablation: str = "zero",
     labels: LabelSource | None = "auto",
+    bootstrap: int = 20,
+    until_stable: float | None = None,
     draws: int = 5,
     edge_fractions: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
     n_pictures: int = 4,
     n_pictured: int = 12,
     title: str | None = None,
-    batch_size: int = 8,
+    engine: str = "auto",
+    dtype: torch.dtype | None = None,
+    memory: int | str | None = None,
+    batch_size: int | None = None,
     seed: int = 0,
     strict: bool = False,
     command: str = "",
     progress: bool = False,
 ) -> Bundle:
     """Find the circuit of a concept, test it on images it has not seen, and save all of it.
+
+    A run that was stopped goes on from its folder when it is started again in the same way.
 
     Parameters
     ----------
@@ -85,7 +106,8 @@ def discover(
     test, others
         Images to test on, in place of the held-out part of `images` and `reference`.
     find_with
-        How many images of each set find the circuit; by default half, at most 32.
+        How many images of each set find the circuit; by default half, at most 32 unless
+        `until_stable` is given.
     layers
         Addresses; by default the network's post-activation layers.
     units
@@ -100,6 +122,10 @@ def discover(
         As for `ablate`.
     labels
         As for `evaluate`.
+    bootstrap
+        Draws of the images that say how sure each unit and edge is; 0 for none.
+    until_stable
+        Stop taking in images when circuits from draws of them overlap by this much (`Stable`).
     draws, edge_fractions
         As for `evaluate`.
     n_pictures
@@ -108,8 +134,10 @@ def discover(
         Units of each layer that get pictures: those with the highest scores.
     title
         The concept's name; by default that of the folder or file.
+    engine, dtype, memory
+        As for `attribute`.
     batch_size
-        Images per forward pass.
+        Images per forward pass; by default what suits each step.
     seed
         Of every random choice.
     strict
@@ -122,7 +150,8 @@ def discover(
     Returns
     -------
     Bundle
-        Circuit, attributions, evaluation and pictures.
+        Circuit, attributions, evaluation and pictures. Under ``torchrun`` every worker but the
+        first gets the circuit and its attributions alone, and writes nothing.
 
     Raises
     ------
@@ -131,65 +160,160 @@ def discover(
     """
     spec = as_spec(model)
     contrast = contrast or ("none" if reference is None else "difference")
-    for registry, name, what in (
-        (SCORES, score, "score"), (SUMMARIES, summary, "summary"), (REFINEMENTS, refine, "refinement"),
-        (CONTRASTS, contrast, "contrast"), (ABLATIONS, ablation, "ablation"),
-    ):  # fmt: skip
-        choose(registry, name, what)
-    _check_numbers(draws=(draws, 1), pictures=(n_pictures, 0), pictured=(n_pictured, 0), batch_size=(batch_size, 1))
+    _check_names(score, summary, refine, contrast, ablation, engine)
+    _check_numbers(
+        draws=(draws, 1), bootstrap=(bootstrap, 0), pictures=(n_pictures, 0), pictured=(n_pictured, 0),
+        batch_size=(BATCH_SIZE if batch_size is None else batch_size, 1),
+    )  # fmt: skip
     _check_reference(contrast, ablation, reference)
-    concept, tested = _part("concept", images, test, find_with, seed, strict)
-    background, untested = (
-        (None, None) if reference is None else _part("reference", reference, others, find_with, seed, strict)
-    )
-    if reference is None and others is not None:
-        untested = open_images(others, strict=strict)
+    stable = _stable(until_stable, bootstrap, units, contrast, refine, seed)
+    most = MOST_TO_FIND if stable is None else None
+    concept, tested = _part("concept", images, test, find_with, seed, strict, most)
+    background, untested = _parts_of_reference(reference, others, find_with, seed, strict, most)
     chain = find_layers(spec, concept, layers)
     units_per_layer({layer.address: layer.n_units for layer in chain}, units)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `evaluate` will say it
-        find_labels(
-            spec, [tested] if untested is None else [tested, untested], labels
-        )  # a mistake shows before the work
+    _check_labels(spec, tested, untested, labels)
     _check_folder(out)
-    options = {"score": score, "summary": summary, "layers": [layer.address for layer in chain]}
-    attributions = _saved(out, spec, options, concept, background) or attribute(
-        spec, concept, options["layers"], reference=background, score=score, summary=summary,
-        batch_size=batch_size, progress=progress,
-    )  # fmt: skip
-    _check_apart(attributions)
-    if out is not None:  # kept at once: this is what takes the time
-        attributions.save(Path(out) / UNFINISHED)
-    statistics = None
-    if background is not None and ablation != "zero":
-        n_samples = N_SAMPLES if ablation == "resample" else 0
-        statistics = measure(
-            spec, background, options["layers"], n_samples=n_samples, batch_size=batch_size, progress=progress
-        )
-    circuit = select(
-        attributions.contrast(contrast), units, refine=refine, generator=torch.Generator().manual_seed(seed)
-    )
-    circuit = replace(
-        circuit,
-        provenance={
-            **circuit.provenance,
-            "ablation": ablation,
-            "seed": seed,
-            "sources": _sources(images=images, reference=reference),
-        },
-    )
-    evaluation = evaluate(
-        spec, circuit, tested, untested, attributions=attributions, labels=labels, ablation=ablation,
-        reference=statistics, draws=draws, edge_fractions=edge_fractions, batch_size=batch_size, seed=seed,
+    attributions = attribute_into(
+        out, spec, concept, [layer.address for layer in chain], reference=background, score=score, summary=summary,
+        engine=engine, dtype=dtype, memory=memory, batch_size=batch_size, draws=bootstrap, seed=seed, until=stable,
         progress=progress,
     )  # fmt: skip
+    circuit = _choose_circuit(attributions, units, contrast, refine, seed)
+    attributions = _without_draws(attributions)  # they are large, and have said what they had to say
+    sources = _sources(images=images, reference=reference)
+    timeless = [{name: way[name] for name in way if name != "seconds"} for way in circuit.provenance["engines"]]
+    made = {**circuit.provenance, "engines": timeless, "ablation": ablation, "seed": seed, "sources": sources}
+    if stable is not None:  # the images seen are the first of these
+        made["find_with"] = find_with
+    circuit = replace(circuit, provenance=made)
+    title = title or concept_name(images)
+    if not is_first():
+        return Bundle(circuit, attributions, title=title, command=command)
+    per_pass = batch_size or BATCH_SIZE
+    evaluation = evaluate(
+        spec, circuit, tested, untested, attributions=attributions, labels=labels, ablation=ablation,
+        reference=_statistics(spec, background, circuit.layers, ablation, per_pass, progress), draws=draws,
+        edge_fractions=edge_fractions, batch_size=per_pass, seed=seed, progress=progress,
+    )  # fmt: skip
     axes = {layer.address: layer.unit_axis for layer in chain}
-    pictures = _pictures(spec, strongest(circuit, n_pictured), concept, axes, n_pictures, batch_size, progress)
-    bundle = Bundle(circuit, attributions, evaluation, pictures, title or concept_name(images), command)
+    pictures = _pictures(spec, strongest(circuit, n_pictured), concept, axes, n_pictures, per_pass, progress)
+    bundle = Bundle(circuit, attributions, evaluation, pictures, title, command)
     if out is not None:
         bundle.save(out)
-        (Path(out) / UNFINISHED).unlink(missing_ok=True)
+        _put_draws_away(Path(out), bootstrap, MOST_KEPT)
     return bundle
+
+
+def attribute_images(
+    model: nn.Module | ModelSpec,
+    images: Source,
+    out: str | Path,
+    *,
+    reference: Source | None = None,
+    find_with: int | None = None,
+    layers: Sequence[str] | None = None,
+    seed: int = 0,
+    strict: bool = False,
+    bootstrap: int = 20,
+    **options: Any,
+) -> Attributions:
+    """Only the attributions of a concept, in a folder from which `discover` goes on.
+
+    `discover` takes them if it is asked for the same: with ``find_with`` the same images find its
+    circuit; without, all of them do, which is what it does when it has test images of its own.
+
+    Parameters
+    ----------
+    model, images, reference, layers, bootstrap, seed, strict
+        As for `discover`.
+    out
+        Folder for ``attributions.safetensors``.
+    find_with
+        Leave all but so many images of each set for the test, as `discover` does; by default none.
+    options
+        ``score``, ``summary``, ``engine``, ``dtype``, ``memory``, ``batch_size`` and ``progress`` as for
+        `attribute`.
+
+    Raises
+    ------
+    ViscircuitsError
+        As `discover` does.
+    """
+    _check_numbers(bootstrap=(bootstrap, 0))
+    if options.get("batch_size") is not None:
+        _check_numbers(batch_size=(options["batch_size"], 1))
+    sets: list[ImageSet | None] = []
+    for what, source in (("concept", images), ("reference", reference)):
+        if source is None:
+            sets.append(None)
+        elif find_with is None:
+            sets.append(open_images(source, strict=strict))
+        else:
+            sets.append(_part(what, source, None, find_with, seed, strict, None)[0])
+    concept, background = sets
+    if concept is None:
+        raise ImageError("images of the concept are needed")
+    found = attribute_into(
+        out, model, concept, layers, reference=background, draws=bootstrap, seed=seed, **options
+    )  # fmt: skip
+    slim = _without_draws(found)
+    if is_first():
+        slim.save(Path(out) / FINISHED)
+        _put_draws_away(Path(out), bootstrap, math.inf)  # for a discovery to come
+    return slim
+
+
+def attribute_into(
+    out: str | Path | None,
+    model: nn.Module | ModelSpec,
+    images: ImageSet,
+    layers: Sequence[str] | None = None,
+    *,
+    reference: ImageSet | None = None,
+    score: str = "cla",
+    summary: str = "norm",
+    engine: str = "auto",
+    dtype: torch.dtype | None = None,
+    memory: int | str | None = None,
+    batch_size: int | None = None,
+    draws: int = 0,
+    seed: int = 0,
+    until: Stable | None = None,
+    progress: bool = False,
+) -> Attributions:
+    """`attribute`, with what a result folder holds of it already: all of it, or the sums of a part.
+
+    Parameters
+    ----------
+    out
+        The folder. A checkpoint is kept there while the work goes on, and the result at its end.
+        None keeps nothing.
+    layers, reference, score, summary, engine, dtype, memory, batch_size, draws, seed, until, progress
+        As for `attribute`.
+
+    Raises
+    ------
+    ViscircuitsError
+        As `attribute` does, and if the reference holds nothing but the concept's own images.
+    """
+    spec = as_spec(model)
+    _check_folder(out)
+    addresses = [layer.address for layer in find_layers(spec, images, layers)]
+    kind = None if dtype is None else str(dtype).removeprefix("torch.")
+    asked = {"score": score, "summary": summary, "layers": addresses, "dtype": kind}
+    wanted = _Asked(spec, asked, {"images": images, "reference": reference}, draws, seed, until)
+    found = None if out is None else wanted.find(Path(out))
+    if found is None or not all(team().gather(found is not None)):
+        found = attribute(
+            spec, images, addresses, reference=reference, score=score, summary=summary, engine=engine, dtype=dtype,
+            memory=memory, batch_size=batch_size, draws=draws, seed=seed, until=until,
+            checkpoint=None if out is None else Path(out) / CHECKPOINT, progress=progress,
+            finish=lambda found: _keep_at_once(out, _with_rule(found, until)),
+        )  # fmt: skip
+        found = _with_rule(found, until)
+    _check_apart(found)
+    return found
 
 
 def concept_name(images: Source) -> str:
@@ -372,7 +496,8 @@ def _found_with(provenance: Mapping[str, Any], what: str) -> ImageSet:
         raise ImageError(f"the images of the circuit are gone: {error} Or name any (--{what} IMAGES).") from error
     names = provenance[what]["names"]
     if callable(images.entries):  # a stream: found again by its place
-        return split(images, len(names), provenance["seed"])[0]
+        held = split(images, provenance.get("find_with") or len(names), provenance["seed"])[0].entries
+        return ImageSet(images.address, lambda: islice(held() if callable(held) else held, len(names)))
     part = ImageSet(images.address, [entry for entry in images.entries if entry.name in set(names)])
     same = {picture.digest[:N_DIGEST] for picture in part}.intersection(provenance[what]["digests"])
     if len(same) != len(set(provenance[what]["digests"])):
@@ -397,7 +522,8 @@ def _check_folder(out: str | Path | None) -> None:
         raise ViscircuitsError(f"{str(out)!r} is a file; give a folder for the result (--out DIR)")
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(out) / UNFINISHED.replace("attributions", "trial"), b"").unlink()
+        if is_first():
+            write_atomically(Path(out) / UNFINISHED.replace("attributions", "trial"), b"").unlink()
     except OSError as error:
         raise ViscircuitsError(f"cannot write to {str(out)!r} ({error.strerror}); give another (--out DIR)") from error
 
@@ -407,6 +533,8 @@ def _check_apart(attributions: Attributions) -> None:
     if attributions.reference is None:
         return
     concept, reference = (set(attributions.provenance[what]["digests"]) for what in ("images", "reference"))
+    if not concept or not reference:  # too many to be named one by one
+        return
     if concept <= reference or reference <= concept:
         raise ImageError(
             f"{len(concept & reference)} of the {len(reference)} reference images are the concept's own; "
@@ -423,8 +551,49 @@ def _check_reference(contrast: str, ablation: str, reference: Source | None) -> 
         raise ViscircuitsError(f"ablation {ablation!r} needs reference images (--reference IMAGES), or use 'zero'")
 
 
+def _check_names(score: str, summary: str, refine: str, contrast: str, ablation: str, engine: str) -> None:
+    for registry, name, what in (
+        (SCORES, score, "score"), (SUMMARIES, summary, "summary"), (REFINEMENTS, refine, "refinement"),
+        (CONTRASTS, contrast, "contrast"), (ABLATIONS, ablation, "ablation"), (ENGINES, engine, "engine"),
+    ):  # fmt: skip
+        choose(registry, name, what)
+
+
+def _check_labels(spec: ModelSpec, tested: ImageSet, untested: ImageSet | None, labels: LabelSource | None) -> None:
+    """A mistake in the labels shows before the work."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `evaluate` will say it
+        find_labels(spec, [tested] if untested is None else [tested, untested], labels)
+
+
+def _stable(
+    overlap: float | None,
+    bootstrap: int,
+    units: int | float | dict[str, int],
+    contrast: str,
+    refine: str,
+    seed: int,
+) -> Stable | None:
+    if overlap is None:
+        return None
+    if bootstrap < 2:
+        raise ViscircuitsError(
+            f"whether a circuit is stable is asked of bootstrap draws: at least 2 (--bootstrap 20), got {bootstrap}"
+        )
+    return Stable(units, contrast, refine, overlap, seed=seed)
+
+
+def _parts_of_reference(
+    reference: Source | None, others: Source | None, find_with: int | None, seed: int, strict: bool, most: int | None
+) -> tuple[ImageSet | None, ImageSet | None]:
+    """The images to set the concept against, and those without it to test on."""
+    if reference is not None:
+        return _part("reference", reference, others, find_with, seed, strict, most)
+    return None, None if others is None else open_images(others, strict=strict)
+
+
 def _part(
-    what: str, source: Source, test: Source | None, find_with: int | None, seed: int, strict: bool
+    what: str, source: Source, test: Source | None, find_with: int | None, seed: int, strict: bool, most: int | None
 ) -> tuple[ImageSet, ImageSet]:
     """The images that find the circuit and those that test it."""
     images = open_images(source, strict=strict)
@@ -438,44 +607,134 @@ def _part(
             f"the {what} set {images.address!r} has {count} image; at least 2 are needed, "
             "to find with one and test on the other. Give test images of their own (--test IMAGES), or more images."
         )
-    n = min(MOST_TO_FIND, (count or 0) // 2) if find_with is None else find_with
+    half = (count or 0) // 2
+    n = find_with if find_with is not None else half if most is None else min(most, half)
     if n < 1 or (count is not None and n >= count):
         raise ImageError(f"cannot find a circuit with {n} of {count} {what} images and test it on the rest")
     return split(images, n, seed)
 
 
-def _saved(
-    out: str | Path | None, spec: ModelSpec, options: dict[str, Any], concept: ImageSet, reference: ImageSet | None
-) -> Attributions | None:
-    """Attributions of an earlier run into the same folder, if they were made from the very same things."""
-    files = () if out is None else (Path(out) / UNFINISHED, Path(out) / "attributions.safetensors")
-    candidates = []
-    for file in files:
-        with suppress(FileFormatError):
-            candidates.append(Attributions.load(file))
-    if not candidates:
+def _choose_circuit(
+    attributions: Attributions, units: int | float | dict[str, int], contrast: str, refine: str, seed: int
+) -> Circuit:
+    """The circuit, with what the bootstrap draws say of it if there are any."""
+    generator = torch.Generator().manual_seed(seed)
+    circuit = select(attributions.contrast(contrast), units, refine=refine, generator=generator)
+    if not attributions.n_draws:
+        return circuit
+    asked = confidence(attributions, circuit, contrast)
+    return replace(asked.circuit, selection={**circuit.selection, "confidence": asked.summary()})
+
+
+def _statistics(
+    spec: ModelSpec, background: ImageSet | None, layers: Sequence[str], ablation: str, batch_size: int, progress: bool
+) -> Statistics | None:
+    """What removed values become, where the reference decides it."""
+    if background is None or ablation == "zero":
         return None
-    expected = {
-        **what_ran(spec),
-        **options,
-        "engines": None,
-        "images": _described(spec, concept),
-        "versions": versions(),
-    }
-    if reference is not None:
-        expected["reference"] = _described(spec, reference)
-    for found in candidates:
-        expected["engines"] = found.provenance.get("engines")  # these give the same numbers
-        if found.provenance == expected:
-            return replace(found, provenance=expected)  # in the order of a fresh run: a header's entries are sorted
-    return None
+    n_samples = N_SAMPLES if ablation == "resample" else 0
+    return measure(spec, background, list(layers), n_samples=n_samples, batch_size=batch_size, progress=progress)
 
 
-def _described(spec: ModelSpec, images: ImageSet) -> dict[str, Any]:
+# ------------------------------------------------------------------ attributions of an earlier run
+
+
+def _without_draws(attributions: Attributions) -> Attributions:
+    matrices = tuple(replace(matrix, draws=None) for matrix in attributions.matrices)
+    reference = attributions.reference
+    return replace(attributions, matrices=matrices, reference=reference and _without_draws(reference))
+
+
+def _put_draws_away(out: Path, bootstrap: int, most: int | float) -> None:
+    """Keep the bootstrap draws beside the result, if they are no more than `most` bytes.
+
+    With them another circuit can be selected from the folder; they are `bootstrap` times as large as the matrices.
+    """
+    unfinished = out / UNFINISHED
+    if not unfinished.exists():
+        return
+    if bootstrap and unfinished.stat().st_size <= most:
+        os.replace(unfinished, out / DRAWS)
+    else:
+        unfinished.unlink()
+        (out / DRAWS).unlink(missing_ok=True)  # of something else
+
+
+def _keep_at_once(out: str | Path | None, attributions: Attributions) -> None:
+    """Save what takes the time, while the checkpoint is still there."""
+    if out is not None and is_first():
+        attributions.save(Path(out) / UNFINISHED)
+
+
+def _with_rule(attributions: Attributions, until: Stable | None) -> Attributions:
+    """The attributions, saying which rule ended them; provenance in the order of a file's header."""
+    made = dict(attributions.provenance)
+    if until is not None:
+        looks = [list(look) for look in until.history]
+        made["stopped"] = {**made.get("stopped", {}), "stable": until.reached, "rule": until.rule, "overlaps": looks}
+    return replace(attributions, provenance=json.loads(json.dumps(made, sort_keys=True)))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What attributions shall be made of."""
+
+    spec: ModelSpec
+    options: dict[str, Any]
+    images: dict[str, ImageSet | None]
+    draws: int
+    seed: int
+    until: Stable | None
+
+    def find(self, folder: Path) -> Attributions | None:
+        """Attributions of an earlier run into the folder, if they were made of the very same things."""
+        refused: list[list[str]] = []
+        for name in (UNFINISHED, DRAWS, FINISHED):
+            with suppress(FileFormatError):
+                found = Attributions.load(folder / name)
+                refused.append(self.differing(found))
+                if not refused[-1]:
+                    return found
+        if refused:
+            nearest: list[str] = min(refused, key=len)
+            warnings.warn(
+                f"the attributions in {str(folder)!r} are of something else ({', '.join(nearest)}): attributing anew",
+                stacklevel=4,
+            )
+        return None
+
+    def differing(self, found: Attributions) -> list[str]:
+        """What the attributions were made of that is not what is asked for."""
+        made = found.provenance
+        expected = {**what_ran(self.spec), **self.options, "versions": versions()}
+        wrong = [name for name, value in expected.items() if made.get(name) != value]
+        if "targets" in made:
+            wrong.append("targets")
+        if self.draws and (found.n_draws, made.get("bootstrap")) != (
+            self.draws,
+            {"draws": self.draws, "seed": self.seed},
+        ):
+            wrong.append("bootstrap draws")
+        rule = None if self.until is None else json.loads(json.dumps(self.until.rule))
+        if made.get("stopped", {}).get("rule") != rule:
+            wrong.append("when to stop")
+        return wrong or [what for what, images in self.images.items() if not self._same(made, what, images)]
+
+    def _same(self, made: Mapping[str, Any], what: str, images: ImageSet | None) -> bool:
+        if images is None or what not in made:
+            return images is None and what not in made
+        if "stopped" not in made:
+            return _described(self.spec, images) == made[what]
+        seen = _described(self.spec, images, made[what]["n"])
+        return {**seen, "skipped": made[what]["skipped"]} == made[what]  # how far it looked ahead does not matter
+
+
+def _described(spec: ModelSpec, images: ImageSet, first: int | None = None) -> dict[str, Any]:
+    """What a result would say about an image set, or about its first images."""
     seen = Seen()
-    for batch in batches(images, spec.transform, 16):
+    for batch in islice(batches(images, spec.transform, 1), first):
         seen.add(batch)
-    return seen.describe(images)
+    return json.loads(json.dumps(seen.describe(images)))
 
 
 def _pictures(

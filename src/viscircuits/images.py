@@ -77,12 +77,15 @@ class Picture:
         What it was said to show: folder, list file or tar label. None when nobody said.
     digest
         SHA-256 of the file's bytes, or of the pixels where there is no file.
+    place
+        Its place among the images of its set, unreadable ones counted.
     """
 
     name: str
     image: Image.Image
     label: str | None
     digest: str
+    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Batch:
     names: tuple[str, ...]
     labels: tuple[str | None, ...]
     digests: tuple[str, ...]
+    places: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -143,6 +147,7 @@ class ImageSet:
         self.address = address
         self.entries = entries
         self.strict = strict
+        self.may_be_empty = False  # a portion of a set may hold nothing that can be read
         self.skipped: list[Skipped] = []
 
     @property
@@ -170,9 +175,10 @@ class ImageSet:
             At the end if no image could be read; under `strict`, at the first that cannot.
         """
         self.skipped.clear()
-        n_read = 0
+        n_read, place = 0, -1
         entries = self.entries() if callable(self.entries) else iter(self.entries)
-        for entry in entries:
+        for entry in entries:  # not enumerated: that would hold on to each
+            place += 1
             try:
                 image, digest = entry.read()
             except Unreadable as error:
@@ -181,11 +187,11 @@ class ImageSet:
                 self.skipped.append(Skipped(entry.name, str(error)))
                 continue
             n_read += 1
-            picture = Picture(entry.name, image, entry.label, digest)
+            picture = Picture(entry.name, image, entry.label, digest, place)
             del entry, image  # a stream's entry holds its bytes: let go before the next is read
             yield picture
             del picture
-        if not n_read:
+        if not n_read and not self.may_be_empty:
             raise ImageError(self._why_empty())
 
     def _why_empty(self) -> str:
@@ -279,6 +285,35 @@ def sample(images: ImageSet, n: int, seed: int) -> ImageSet:
     return _part(images, kept, f"{n} of {len(images)} by seed {seed}")
 
 
+def fingerprint(images: Any) -> str:
+    """What cheaply tells an image set from another: how many, and a digest of names, shards' sizes, or tensors."""
+    if isinstance(images, ImageSet):
+        names = _names(images.entries)
+        many = "a stream" if images.count is None else f"{images.count} images"
+        return f"{images.address}: {many}, names {digest_of(names)[:16]}"
+    if isinstance(images, Tensor):
+        return f"{len(images)} images, tensors {_tensor_digest(images)[:16]}"
+    if isinstance(images, Sequence):
+        return f"{len(images)} tensors {digest_of(_tensor_digest(each) for each in images)[:16]}"
+    return type(images).__name__
+
+
+def _names(entries: Entries) -> Iterator[str]:
+    """Names of files, names and sizes of shards, and where a part of a stream begins and ends."""
+    if isinstance(entries, Shards):
+        for part in entries.parts:
+            yield from _names(part)
+    elif not callable(entries):
+        yield from (entry.name for entry in entries)
+    elif isinstance(entries, partial) and entries.func is _slice_of_stream:
+        stream, start, stop = entries.args
+        yield f"{start}:{stop}"
+        yield from _names(stream)
+    elif isinstance(entries, partial) and entries.func is _tar_entries:
+        path = entries.args[0]
+        yield f"{path.name} {path.stat().st_size}"
+
+
 def digest_of(digests: Iterable[str]) -> str:
     """Return one SHA-256 that stands for a list of digests, in their order."""
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
@@ -310,13 +345,20 @@ def _chain(parts: list[Entries]) -> Entries:
     if len(parts) == 1:
         return parts[0]
     if any(callable(part) for part in parts):
-        return partial(_stream_through, parts)
+        return Shards(tuple(parts))
     return [entry for part in parts for entry in part]  # type: ignore[union-attr]  # none is callable
 
 
-def _stream_through(parts: list[Entries]) -> Iterator[Entry]:
-    for part in parts:
-        yield from part() if callable(part) else part
+@dataclass(frozen=True)
+class Shards:
+    """Several streams, one after the other, that can also be read apart."""
+
+    parts: tuple[Entries, ...]
+
+    def __call__(self) -> Iterator[Entry]:
+        """Read them all, from the beginning."""
+        for part in self.parts:
+            yield from part() if callable(part) else part
 
 
 def _address(source: Source) -> str:
@@ -442,9 +484,9 @@ def _entries(leaf: Leaf, base: Path, position: int) -> Entries:
     return [_file(leaf, base, None)]
 
 
-def _file(path: Path, base: Path, label: str | None) -> Entry:
+def _file(path: Path, base: Path, label: str | None, root: Path | None = None) -> Entry:
     name = Path(os.path.relpath(path.absolute(), base)).as_posix()
-    return Entry(name, label, partial(_read_file, path))
+    return Entry(name, label, partial(_read_file, path, root))
 
 
 # ---------------------------------------------------------------- folders and lists
@@ -455,7 +497,7 @@ def _folder(root: Path, base: Path) -> list[Entry]:
     entries = []
     for path in filter(_is_image, found):
         below = path.relative_to(root).parts
-        entries.append(_file(path, base, below[0] if len(below) > 1 else root.name or None))
+        entries.append(_file(path, base, below[0] if len(below) > 1 else root.name or None, root))
     if not entries:
         held = ", ".join(sorted({path.suffix for path in found if path.suffix})[:5]) or "nothing"
         raise ImageError(f"no image in folder {str(root)!r} or below (it holds {held}). Give {FORMS}.")
@@ -491,7 +533,8 @@ def _listed(path: Path) -> list[Entry]:
         raise ImageError(f"the image list {str(path)!r} is empty: give one path a line, or path,label in .csv and .tsv")
     files = [path.parent / Path(name).expanduser() for name, _ in rows]
     base = _common_folder(files) if len(files) > 1 else files[0].absolute().parent
-    return [_file(file, base, label) for file, (_, label) in zip(files, rows, strict=True)]
+    root = base if base.is_dir() else None
+    return [_file(file, base, label, root) for file, (_, label) in zip(files, rows, strict=True)]
 
 
 def _rows(lines: list[str], suffix: str) -> list[tuple[str, str | None]]:
@@ -507,6 +550,8 @@ def _rows(lines: list[str], suffix: str) -> list[tuple[str, str | None]]:
 
 def _tar_entries(path: Path) -> Iterator[Entry]:
     """Read a shard from beginning to end, as from a pipe, holding one sample at a time."""
+    if not path.exists():
+        raise ImageError(f"the shard {str(path)!r} has vanished since it was opened; bring it back")
     try:
         with tarfile.open(path, "r|*") as tar:
             for key, sample in _samples(tar):
@@ -576,15 +621,28 @@ def _label_in_json(text: str) -> str | None:
 # ---------------------------------------------------------------- reading one image
 
 
-def _read_file(path: Path) -> tuple[Image.Image, str]:
+def _read_file(path: Path, root: Path | None) -> tuple[Image.Image, str]:
+    """Read a file; one that is not there is skipped, but not if all of `root`, where it was found, has gone."""
     try:
         size = path.stat().st_size
         data = path.read_bytes() if size <= MAX_BYTES else b""
     except OSError as error:
+        if root is not None and _is_gone(root):
+            raise ImageError(
+                f"cannot read {str(path)!r}: its folder {str(root)!r} has vanished since it was opened; "
+                "bring it back (is a disk or a share still mounted?)"
+            ) from error
         raise Unreadable(_reason(error)) from error
     if size > MAX_BYTES:
         raise Unreadable(f"{size} bytes, more than the limit of {MAX_BYTES}")
     return _decode(data)
+
+
+def _is_gone(root: Path) -> bool:
+    try:
+        return next(os.scandir(root), None) is None  # an unmounted share leaves an empty folder
+    except OSError:
+        return True
 
 
 def _decode(data: bytes) -> tuple[Image.Image, str]:
@@ -682,7 +740,121 @@ def _grey(values: Float[np.ndarray, "height width"], white: int) -> Image.Image:
     return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8)).convert("RGB")
 
 
-# ---------------------------------------------------------------- batches
+# ---------------------------------------------------------------- portions and batches
+
+
+@dataclass(frozen=True)
+class Portion:
+    """A part of an image set that one worker reads: a run of neighbouring images, or a shard.
+
+    Parameters
+    ----------
+    number
+        Its place among the portions.
+    first
+        The place of its first image in the whole set. In sets of several shards each shard's places start
+        at its own multiple of `SHARD_PLACES`, because nobody knows how many images the others hold.
+    images
+        What it holds.
+    """
+
+    number: int
+    first: int
+    images: ImageSet | Tensor | list[Tensor]
+
+    def batches(self, transform: Callable[[Image.Image], Tensor] | None, batch_size: int) -> Iterator[Batch]:
+        """The portion's images as `batches` gives them; none, if none can be read."""
+        return batches(self.images, transform, batch_size, first=self.first)
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """The images that could not be read when the portion was read last."""
+        return self.images.skipped if isinstance(self.images, ImageSet) else []
+
+
+SHARD_PLACES = 2**40
+
+
+def portions(
+    images: ImageSet | Tensor | Iterable[Tensor], size: int, cuts: Iterable[int] = (), *, by_shard: bool = True
+) -> Iterator[Portion]:
+    """Yield the parts of an image set that can be worked on apart, without decoding any image.
+
+    Parameters
+    ----------
+    images
+        As for `batches`.
+    size
+        Images in a portion.
+    cuts
+        Places no portion reaches across.
+    by_shard
+        Take each tar shard of several as one portion. Else, and for a single stream or part of one, neighbouring
+        images are taken as they come, and every reader of portions has to pass over all bytes before them.
+    """
+    if by_shard and isinstance(images, ImageSet) and isinstance(images.entries, Shards):
+        parts: list[tuple[int, Any]] = [(i * SHARD_PLACES, part) for i, part in enumerate(_shards(images.entries))]
+    else:
+        parts = [(0, images.entries if isinstance(images, ImageSet) else images)]
+    numbers = itertools.count()
+    for base, part in parts:
+        whole = by_shard and len(parts) > 1 and callable(part)
+        for first, piece in [(0, part)] if whole else _runs(part, size, cuts):
+            yield Portion(next(numbers), base + first, _portion_of(images, piece))
+
+
+def _shards(shards: Shards) -> Iterator[Entries]:
+    for part in shards.parts:
+        if isinstance(part, Shards):
+            yield from _shards(part)
+        else:
+            yield part
+
+
+def _portion_of(images: Any, piece: Any) -> ImageSet | Tensor | list[Tensor]:
+    if not isinstance(images, ImageSet):
+        return piece
+    portion = ImageSet(images.address, piece, strict=images.strict)
+    portion.may_be_empty = True
+    return portion
+
+
+def _runs(items: Any, size: int, cuts: Iterable[int]) -> Iterator[tuple[int, Any]]:
+    """Runs of at most `size` neighbours that end at every cut, each with the place of its first."""
+    ends, first = _ends(size, cuts), 0
+    sliceable = isinstance(items, Tensor) or (isinstance(items, Sequence) and not _holds_batches(items))
+    stream = iter(()) if sliceable else _one_by_one(items)
+    for end in ends:
+        run = items[first:end] if sliceable else list(itertools.islice(stream, end - first))
+        if len(run):
+            yield first, run
+        if len(run) < end - first:
+            return
+        first = end
+
+
+def _ends(size: int, cuts: Iterable[int]) -> Iterator[int]:
+    """Where each run ends: `size` after the one before, or at the next cut."""
+    end = 0
+    for cut in cuts:
+        while end < cut:
+            end = min(end + size, cut)
+            yield end
+    while True:
+        end += size
+        yield end
+
+
+def _holds_batches(items: Sequence) -> bool:
+    return bool(len(items)) and not isinstance(items[0], Entry)
+
+
+def _one_by_one(items: Any) -> Iterator[Any]:
+    for item in items() if callable(items) else items:
+        if isinstance(item, Entry):
+            yield item
+        else:
+            yield from _single(item)
 
 
 def batches(
@@ -691,6 +863,7 @@ def batches(
     batch_size: int,
     *,
     dtype: torch.dtype = torch.float32,
+    first: int = 0,
 ) -> Iterator[Batch]:
     """Yield the images as tensors, `batch_size` at a time, holding none longer than its batch.
 
@@ -705,6 +878,8 @@ def batches(
         Images in a batch; the last may have fewer.
     dtype
         Of the tensors yielded.
+    first
+        Place of the first image, where `images` are a portion of a larger set.
 
     Raises
     ------
@@ -715,16 +890,12 @@ def batches(
         raise ImageError(f"batch_size is a number of images from 1, got {batch_size}")
     if isinstance(images, Tensor) and images.ndim != 4:
         raise ImageError(f"an image tensor is (N, C, H, W), got {tuple(images.shape)}")
-    return _batches(iter(images), transform, batch_size, dtype)
+    may_be_empty = isinstance(images, ImageSet) and images.may_be_empty
+    rows = _transformed(iter(images), transform, dtype, first)
+    return _batches(rows, batch_size, may_be_empty)
 
 
-def _batches(
-    items: Iterator[Picture] | Iterator[Tensor],
-    transform: Callable[[Image.Image], Tensor] | None,
-    batch_size: int,
-    dtype: torch.dtype,
-) -> Iterator[Batch]:
-    rows = _transformed(items, transform, dtype)
+def _batches(rows: Iterator[Row], batch_size: int, may_be_empty: bool) -> Iterator[Batch]:
     n_batches = 0
     while taken := list(itertools.islice(rows, batch_size)):
         batch = _stack(taken)
@@ -732,27 +903,31 @@ def _batches(
         n_batches += 1
         yield batch
         del batch
-    if not n_batches:
+    if not n_batches and not may_be_empty:
         raise ImageError("no image was given: the tensor or iterable is empty")
 
 
-Row: TypeAlias = tuple[Tensor, str, str | None, str]
+Row: TypeAlias = tuple[Tensor, str, str | None, str, int]
 
 
 def _transformed(
-    items: Iterator[Picture] | Iterator[Tensor], transform: Callable[[Image.Image], Tensor] | None, dtype: torch.dtype
+    items: Iterator[Picture] | Iterator[Tensor],
+    transform: Callable[[Image.Image], Tensor] | None,
+    dtype: torch.dtype,
+    first: int,
 ) -> Iterator[Row]:
-    """Tensor, name, label and digest of each image, none of which is held here while the next is made."""
-    position = itertools.count()
+    """Tensor, name, label, digest and place of each image, none of which is held here while the next is made."""
+    position = itertools.count(first)
     for item in items:
         if isinstance(item, Picture):
-            row = _apply(transform, item).to(dtype), item.name, item.label, item.digest
+            row = _apply(transform, item).to(dtype), item.name, item.label, item.digest, first + item.place
             del item
             yield row
             del row
         else:
             for tensor in _single(item):
-                yield tensor.to(dtype), f"image-{next(position):04d}", None, _tensor_digest(tensor)
+                place = next(position)
+                yield tensor.to(dtype), f"image-{place:04d}", None, _tensor_digest(tensor), place
 
 
 def _apply(transform: Callable[[Image.Image], Tensor] | None, picture: Picture) -> Tensor:
@@ -784,11 +959,11 @@ def _tensor_digest(tensor: Tensor) -> str:
 
 
 def _stack(rows: list[Row]) -> Batch:
-    tensors, names, labels, digests = zip(*rows, strict=True)
+    tensors, names, labels, digests, places = zip(*rows, strict=True)
     for tensor, name in zip(tensors, names, strict=True):
         if tensor.shape != tensors[0].shape:
             raise ImageError(
                 f"images of one batch differ in size: {tuple(tensors[0].shape)} from {names[0]!r}, "
                 f"{tuple(tensor.shape)} from {name!r}. Let the transform crop to one size, or use batch_size=1."
             )
-    return Batch(torch.stack(tensors), names, labels, digests)
+    return Batch(torch.stack(tensors), names, labels, digests, places)

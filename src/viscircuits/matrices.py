@@ -11,25 +11,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from viscircuits.errors import FileFormatError, ViscircuitsError
-from viscircuits.files import write_atomically
+from viscircuits.files import Write, write_atomically
 
 SCHEMA = "viscircuits/attributions"
 VERSION = 1
 HEADER = "viscircuits"  # the name of our entry in the file's metadata
+Contrast = Callable[[Tensor, Tensor], Tensor]
+OPTIONAL = ("per_image", "variance", "draws")
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64"}
 
 
 @dataclass(frozen=True)
 class AttributionMatrix:
     """How much each unit of one layer contributes to each unit of the next, over a set of images.
+
+    Rows of targets that were not asked for are NaN.
 
     Parameters
     ----------
@@ -41,6 +46,10 @@ class AttributionMatrix:
         The signed linear contribution `Σ_p A_m · ∂s_n/∂A_m`, averaged over images.
     per_image
         The score before averaging, when it was asked for.
+    variance
+        Sample variance of the score over images (divided by n − 1); None for one image.
+    draws
+        Bootstrap replicates of `values`: the average when each image counts as often as a draw says.
     """
 
     source: str
@@ -48,6 +57,8 @@ class AttributionMatrix:
     values: Float[Tensor, "target source"]
     signed: Float[Tensor, "target source"]
     per_image: Float[Tensor, "image target source"] | None = None
+    variance: Float[Tensor, "target source"] | None = None
+    draws: Float[Tensor, "draw target source"] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,31 @@ class Attributions:
         first = self.matrices[0]
         return {first.source: first.values.shape[1], **{m.target: m.values.shape[0] for m in self.matrices}}
 
+    @property
+    def n_draws(self) -> int:
+        """How many bootstrap replicates there are; 0 for none."""
+        draws = self.matrices[0].draws
+        return 0 if draws is None else len(draws)
+
+    def draw(self, i: int) -> Attributions:
+        """Bootstrap replicate `i`: these attributions had the images been drawn anew, the reference's likewise.
+
+        `signed` and `activity` stay those of the whole.
+
+        Raises
+        ------
+        ViscircuitsError
+            If there is no such replicate.
+        """
+        if not 0 <= i < self.n_draws:
+            raise ViscircuitsError(f"no bootstrap draw {i}: there are {self.n_draws}; ask attribute for more (draws=…)")
+        matrices = tuple(
+            replace(matrix, values=cast(Tensor, matrix.draws)[i], per_image=None, variance=None, draws=None)
+            for matrix in self.matrices
+        )
+        reference = self.reference and self.reference.draw(i)
+        return replace(self, matrices=matrices, provenance={**self.provenance, "draw": i}, reference=reference)
+
     def between(self, layers: Sequence[str]) -> Attributions:
         """The matrices between these layers only, which must be neighbours here.
 
@@ -114,6 +150,8 @@ class Attributions:
         reference matrix, so that a connection silent in both is not chosen for dividing by
         nearly zero.
 
+        Neither variance nor bootstrap draws are carried over: contrast a `draw` instead.
+
         Raises
         ------
         ViscircuitsError
@@ -129,7 +167,13 @@ class Attributions:
             raise ViscircuitsError(f"contrast {how!r} needs reference images (--reference), none were given")
         operation = CONTRASTS[how]
         matrices = tuple(
-            replace(mine, values=operation(mine.values, other.values), per_image=None)
+            replace(
+                mine,
+                values=operation(mine.values, other.values),
+                per_image=None,
+                variance=None,
+                draws=None,
+            )
             for mine, other in zip(self.matrices, self.reference.matrices, strict=True)
         )
         return replace(self, matrices=matrices, provenance={**self.provenance, "contrast": how})
@@ -141,8 +185,9 @@ class Attributions:
             for i, matrix in enumerate(part.matrices):
                 tensors[f"{prefix}.{i}.values"] = matrix.values
                 tensors[f"{prefix}.{i}.signed"] = matrix.signed
-                if matrix.per_image is not None:
-                    tensors[f"{prefix}.{i}.per_image"] = matrix.per_image
+                for name in OPTIONAL:
+                    if (tensor := getattr(matrix, name)) is not None:
+                        tensors[f"{prefix}.{i}.{name}"] = tensor
             for i, layer in enumerate(part.layers):
                 tensors[f"{prefix}.{i}.activity"] = part.activity[layer]
         header = {
@@ -152,10 +197,7 @@ class Attributions:
             "n_images": {prefix: part.n_images for prefix, part in self._parts()},
             "provenance": {prefix: dict(part.provenance) for prefix, part in self._parts()},
         }
-        # one entry, because safetensors writes several in an order that changes from run to run
-        metadata = {HEADER: json.dumps(header, sort_keys=True)}
-        own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-        return write_atomically(Path(path), save(own, metadata=metadata))
+        return write_atomically(Path(path), lambda write: put_tensors(write, header, tensors))
 
     @classmethod
     def load(cls, path: str | Path) -> Attributions:
@@ -191,12 +233,31 @@ def _part(prefix: str, layers: list[str], tensors: dict[str, Tensor], n_images: 
             target,
             tensors[f"{prefix}.{i}.values"],
             tensors[f"{prefix}.{i}.signed"],
-            tensors.get(f"{prefix}.{i}.per_image"),
+            **{name: tensors.get(f"{prefix}.{i}.{name}") for name in OPTIONAL},
         )
         for i, (source, target) in enumerate(pairwise(layers))
     )
     activity = {layer: tensors[f"{prefix}.{i}.activity"] for i, layer in enumerate(layers)}
     return Attributions(matrices, activity, n_images, provenance)
+
+
+def put_tensors(write: Write, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file tensor by tensor, without a copy of all of them in memory.
+
+    The header is one entry, because the library writes several in an order that changes from run to run.
+    """
+    index: dict[str, Any] = {"__metadata__": {HEADER: json.dumps(header, sort_keys=True)}}
+    position = 0
+    for name, tensor in tensors.items():
+        end = position + tensor.numel() * tensor.element_size()
+        index[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(index).encode()
+    text += b" " * (-len(text) % 8)
+    write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        if tensor.numel():
+            write(tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data)
 
 
 def _concept_alone(concept: Tensor, reference: Tensor) -> Tensor:
@@ -208,11 +269,11 @@ def _difference(concept: Tensor, reference: Tensor) -> Tensor:
 
 
 def _ratio(concept: Tensor, reference: Tensor) -> Tensor:
-    scale = reference.abs().mean()
+    scale = reference.abs().nanmean()  # targets that were not asked for are NaN
     return concept / (reference + scale) if scale > 0 else concept.clone()
 
 
-CONTRASTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+CONTRASTS: dict[str, Contrast] = {
     "none": _concept_alone,
     "difference": _difference,
     "ratio": _ratio,

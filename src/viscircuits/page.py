@@ -158,6 +158,7 @@ def _graph(circuit: Circuit) -> dict[str, Any]:
                 "width": circuit.widths[layer],
                 "units": list(indices),
                 "scores": [_short(score) for score in circuit.scores.get(layer, ())],
+                "chosen": [_short(share) for share in circuit.chosen.get(layer, ())],
                 "order": order,
             }
             for (layer, indices), order in zip(circuit.units.items(), orders, strict=True)
@@ -168,6 +169,7 @@ def _graph(circuit: Circuit) -> dict[str, Any]:
             "score": [_short(edge.score) for edge, _ in shown],
             "signed": [_short(edge.signed) for edge, _ in shown],
             "share": [_short(share) for _, share in shown],
+            "chosen": [None if edge.chosen is None else _short(edge.chosen) for edge, _ in shown],
         },
         "n_edges": len(revealed),
     }

@@ -16,16 +16,23 @@ from viscircuits.scores.formulas import signed
 
 Score = Callable[[Tensor, Tensor], Tensor]
 Summary = Callable[[Tensor], Tensor]
-Block = tuple[slice, Tensor, Tensor]  # targets, scores and signed contributions (image, target, source)
+Block = tuple[Tensor, Tensor, Tensor]  # targets, scores and signed contributions (image, target, source)
 
 
 def blocks(
-    source: Tensor, target: Tensor, source_layer: Layer, target_layer: Layer, score: Score, summary: Summary
+    source: Tensor,
+    target: Tensor,
+    source_layer: Layer,
+    target_layer: Layer,
+    score: Score,
+    summary: Summary,
+    rows: Tensor | None = None,
 ) -> Iterator[Block]:
     """Yield, target by target, the score of every source and its signed contribution, per image.
 
-    `source` and `target` are recorded in one forward pass with gradients. Images do not see one
-    another, so the gradient of the sum over images holds each image's own gradient.
+    `rows` says which targets, all by default. `source` and `target` are recorded in one forward
+    pass with gradients. Images do not see one another, so the gradient of the sum over images holds
+    each image's own gradient.
 
     Raises
     ------
@@ -34,7 +41,7 @@ def blocks(
     """
     activation = by_unit(source.detach(), source_layer.unit_axis).float()  # (image, source, position)
     maps = by_unit(target, target_layer.unit_axis).float()  # (image, target, position)
-    for n in range(target_layer.n_units):
+    for n in torch.arange(target_layer.n_units) if rows is None else rows:
         s = summary(maps[:, n])  # (image,)
         gradient = _gradient(s.sum(), source)
         if gradient is None:
@@ -44,7 +51,7 @@ def blocks(
             )
         gradient = by_unit(gradient, source_layer.unit_axis).float()  # (image, source, position)
         row = score(activation, gradient), signed(activation, gradient)
-        yield slice(n, n + 1), row[0].unsqueeze(1), row[1].unsqueeze(1)
+        yield n[None], row[0].unsqueeze(1), row[1].unsqueeze(1)
 
 
 def _gradient(s: Tensor, source: Tensor) -> Tensor | None:

@@ -41,10 +41,10 @@ const address = (thing) => (thing && typeof thing === "object" ? thing.address ?
 
 const units = [];
 data.layers.forEach((layer, l) => layer.units.forEach((index, i) => {
-  units.push({ id: units.length, layer: l, index, score: layer.scores[i], name: `${layer.name}:${index}`, ins: [], outs: [] });
+  units.push({ id: units.length, layer: l, index, score: layer.scores[i], chosen: layer.chosen[i], name: `${layer.name}:${index}`, ins: [], outs: [] });
 }));
 const edges = data.edges.source.map((source, i) => ({
-  place: i, source, target: data.edges.target[i], score: data.edges.score[i], signed: data.edges.signed[i], share: data.edges.share[i],
+  place: i, source, target: data.edges.target[i], score: data.edges.score[i], signed: data.edges.signed[i], share: data.edges.share[i], chosen: data.edges.chosen[i],
 }));
 const strongestOf = new Map();
 const pairOf = (edge) => `${units[edge.source].layer}>${units[edge.target].layer}`;
@@ -61,6 +61,9 @@ const byName = new Map(units.map((unit) => [unit.name, unit]));
 data.layers.forEach((layer) => layer.order.forEach((id, rank) => { units[id].rank = rank; }));
 
 const verb = (edge) => (edge.signed > 0 ? "excites" : edge.signed < 0 ? "inhibits" : "reaches");
+const draws = data.selection.confidence?.draws;
+const sureness = (thing) => (known(thing.chosen) && draws ? `chosen in ${Math.round(thing.chosen * draws)} of ${draws} bootstrap draws` : "");
+const unsure = (edge) => known(edge.chosen) && edge.chosen < 0.5;
 const shotsOf = (unit) => data.pictures[unit.id] ?? [];
 const nameOf = (shot) => data.names[shot[1]];
 
@@ -77,7 +80,8 @@ function describe(unit) {
   const shots = shotsOf(unit);
   const score = known(unit.score) ? `, score ${figure(unit.score)}` : "";
   const seen = shots.length ? `; excited most by a region of ${shots.map(nameOf).join(", ")}` : data.sprite ? "; no image excites it" : "";
-  return `Unit ${unit.index} of ${data.layers[unit.layer].name}${score}${seen}`;
+  const sure = sureness(unit);
+  return `Unit ${unit.index} of ${data.layers[unit.layer].name}${score}${sure ? `, ${sure}` : ""}${seen}`;
 }
 
 // ---------------------------------------------------------------- layout: a column, or a few, for each layer
@@ -153,7 +157,7 @@ function stroke(context, edge, strong) {
   const x0 = from.x + from.width, y0 = a.y + a.port * size, x1 = to.x, y1 = b.y + b.port * size, bend = Math.max(24, (x1 - x0) * 0.5);
   context.strokeStyle = edge.signed > 0 ? colours.excite : edge.signed < 0 ? colours.inhibit : colours.neutral;
   context.lineWidth = 0.5 + edge.strength * (strong ? 6 : 4.5);
-  context.globalAlpha = strong ? 0.35 + 0.6 * edge.strength : 0.12 + 0.6 * edge.strength ** 1.5;
+  context.globalAlpha = (strong ? 0.35 + 0.6 * edge.strength : 0.12 + 0.6 * edge.strength ** 1.5) * (unsure(edge) ? 0.45 : 1);
   context.setLineDash(edge.signed < 0 ? [4 + 2 * context.lineWidth, 3 + context.lineWidth] : []);
   context.beginPath();
   context.moveTo(x0, y0);
@@ -305,7 +309,7 @@ function openTab(name) {
 function edgeRow(edge, other, total) {
   return make("button", { class: "row", type: "button", onclick: () => choose(other) },
     shotsOf(other).length ? picture(shotsOf(other)[0]) : make("i", { class: "bare" }, String(other.index)),
-    make("span", {}, make("b", {}, other.name), make("br"), make("em", { class: verb(edge) }, `${verb(edge)}`),
+    make("span", {}, make("b", {}, other.name), make("br"), make("em", { class: verb(edge) }, verb(edge)), known(edge.chosen) && draws ? ` · ${Math.round(edge.chosen * draws)} of ${draws} draws` : "",
       make("s", { class: verb(edge), "--w": `${((100 * edge.share) / (total || 1)).toFixed(1)}%` })),
     make("span", {}, figure(edge.score), make("br"), percent(edge.share / (total || 1))));
 }
@@ -324,7 +328,7 @@ function fillUnit(unit) {
   const rank = known(unit.score) ? 1 + layer.scores.filter((score) => score > unit.score).length : null;
   panel.replaceChildren(
     make("h2", {}, unit.name),
-    make("p", { class: "note" }, rank ? `Score ${figure(unit.score)}, number ${rank} of the ${layer.units.length} units the circuit has in this layer.` : "No score."),
+    make("p", { class: "note" }, rank ? `Score ${figure(unit.score)}, number ${rank} of the ${layer.units.length} units the circuit has in this layer.` : "No score.", sureness(unit) ? ` It is ${sureness(unit)}.` : ""),
     shots.length
       ? make("div", { class: "shots" }, shots.slice(0, 8).map((shot) => make("figure", {},
           picture(shot, `Region of ${nameOf(shot)} that excites ${unit.name} to ${figure(shot[2])}`), make("figcaption", { title: nameOf(shot) }, `${figure(shot[2])} · ${nameOf(shot)}`))))
@@ -464,11 +468,21 @@ function curve(it, heading, xTitle) {
   return charts.length ? [make("h3", {}, heading), key(it.series.map((s) => s.name)), ...charts] : [];
 }
 
+function confidence() {
+  const found = data.selection.confidence, stopped = data.provenance.stopped;
+  if (!found) return [];
+  const { mean, low, high } = found.with_circuit;
+  const needed = stopped ? ` ${stopped.stable ? "Images were taken in until that was" : "All images were taken in and it did not become"} at least ${figure(stopped.rule.overlap)} at ${stopped.rule.patience} looks in a row.` : "";
+  return [make("h3", {}, "Would other images give this circuit?"),
+    make("p", { class: "note" }, `Circuits from ${count(found.draws)} bootstrap draws of the images that found it share `, make("b", {}, figure(found.overlap)),
+      ` of their units with one another (Jaccard), and ${figure(mean)} [${figure(low)}, ${figure(high)}] with this circuit. The first is about what as many other images of the kind would give, or somewhat more.${needed}`)];
+}
+
 function fillEvaluation() {
   const panel = $("evaluation");
   if (!evaluation) {
     panel.replaceChildren(make("p", { class: "verdict" }, make("b", {}, "Not measured.")),
-      make("p", { class: "note" }, "This page shows which units were chosen, not what they do. ", make("code", {}, "viscircuits evaluate"), " removes them on other images and measures what is lost."), ...imagesUsed().filter(Boolean));
+      make("p", { class: "note" }, "This page shows which units were chosen, not what they do. ", make("code", {}, "viscircuits evaluate"), " removes them on other images and measures what is lost."), ...confidence(), ...imagesUsed().filter(Boolean));
     return;
   }
   const edge = evaluation.edge_curve, share = (e, name, text) => (known(e?.value) ? [make("dt", {}, name), make("dd", {}, `${figure(e.value)} ${band(e, figure)} `, make("span", { class: "note" }, text))] : [make("dt", {}, name), make("dd", {}, "not measured")]);
@@ -477,7 +491,7 @@ function fillEvaluation() {
     make("p", { class: "note" }, `${evaluation.ablation ? ablation[0].toUpperCase() + ablation.slice(1) : "Unrecorded"} ablation; ${measure.word}. Brackets and bands are 95 % intervals.`),
     make("h3", {}, "What is lost, beside controls of the same size"), effectTable(),
     make("p", { class: "note" }, `Selectivity: fall on the concept − fall on the others${measure.share ? ", in percentage points" : ""}. Hollow: before; filled: after.`),
-    ...imagesUsed().filter(Boolean), make("h3", {}, "The circuit by itself"), make("dl", { class: "images" },
+    ...imagesUsed().filter(Boolean), ...confidence(), make("h3", {}, "The circuit by itself"), make("dl", { class: "images" },
       share(evaluation.faithfulness, "Faithfulness", "what it recovers alone; 1 is all"), share(evaluation.completeness, "Completeness", "what is left without it; 0 is complete")),
     ...curve(evaluation.unit_curve, "Removing more and more of the units", "share of the circuit's units removed"),
     ...curve(edge, edge ? `Pruning edges ${edge.source ?? ""} → ${edge.target ?? ""}` : "", "share of these edges pruned"));
@@ -507,7 +521,8 @@ function fillHeader() {
   const sample = (name, dash) => make("svg", { viewBox: "0 0 30 10", "aria-hidden": "true" }, make("line", { x1: 0, x2: 30, y1: 5, y2: 5, stroke: `var(--${name})`, "stroke-width": 3, "stroke-dasharray": dash }));
   const cut = data.n_edges > edges.length ? make("span", {}, `The page holds the strongest ${count(edges.length)} of ${count(data.n_edges)} edges; circuit.json has them all.`) : "";
   $("legend").replaceChildren(make("span", {}, sample("excite", null), "excites"), make("span", {}, sample("inhibit", "7 4"), "inhibits (dashed)"),
-    make("span", {}, "Thickness: √ of the edge's share of the attribution between its two layers"), known(units[0]?.score) ? make("span", {}, "Bar: score within the layer") : "", cut);
+    make("span", {}, "Thickness: √ of the edge's share of the attribution between its two layers"), known(units[0]?.score) ? make("span", {}, "Bar: score within the layer") : "",
+    edges.some(unsure) ? make("span", {}, "Pale: chosen in less than half of the bootstrap draws") : "", cut);
 }
 
 function table(caption, head, rows) {
@@ -520,8 +535,8 @@ function lazily(id, fill) {
 }
 function unitTables() {
   const strongest = (list, end) => list.slice(0, 3).map((edge) => `${verb(edge) === "inhibits" ? "−" : "+"} ${units[edge[end]].name} (${figure(edge.score)})`).join(", ") || "–";
-  const tables = data.layers.map((layer) => table(`${layer.name}: ${layer.units.length} of ${layer.width} units`, ["Unit", "Score", "Images that excite it most", "Strongest incoming", "Strongest outgoing"],
-    layer.order.map((id) => units[id]).map((unit) => [String(unit.index), figure(unit.score), shotsOf(unit).map(nameOf).join(", ") || "–", strongest(unit.ins, "source"), strongest(unit.outs, "target")])));
+  const tables = data.layers.map((layer) => table(`${layer.name}: ${layer.units.length} of ${layer.width} units`, ["Unit", "Score", ...(draws ? [`Draws that choose it, of ${draws}`] : []), "Images that excite it most", "Strongest incoming", "Strongest outgoing"],
+    layer.order.map((id) => units[id]).map((unit) => [String(unit.index), figure(unit.score), ...(draws ? [known(unit.chosen) ? String(Math.round(unit.chosen * draws)) : "–"] : []), shotsOf(unit).map(nameOf).join(", ") || "–", strongest(unit.ins, "source"), strongest(unit.outs, "target")])));
   const few = edges.slice(0, 200);
   return [make("p", { class: "note" }, "+ excites, − inhibits; the score in brackets."), ...tables,
     table(`The ${few.length} edges shown first, of ${count(data.n_edges)}`, ["Source", "Target", "Effect", "Score", "Signed", "Share of its layer pair"], few.map((e) => [units[e.source].name, units[e.target].name, verb(e), figure(e.score), figure(e.signed), percent(e.share)]))];
