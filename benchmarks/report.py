@@ -176,7 +176,7 @@ def _pairs_of(entry: Entry) -> str:
         )
     head = ["ms an image", "units", *WAYS, "loop ÷ float32", "error", "of peak", "left to autograd"]
     size = "×".join(str(each) for each in entry["image"])
-    what = f"{batch} images of {size}, {entry['settings']['repeats']} repeats."
+    what = f"{batch} image{'' if batch == 1 else 's'} of {size}, {entry['settings']['repeats']} repeats."
     return f"### {entry['title']}\n\n{what}\n\n{table(head, rows)}"
 
 
