@@ -756,3 +756,69 @@ def test_costs_are_found_once_and_part_the_rows():
     assert all(map(torch.equal, first_time, again))
     uneven = structured.Costs({0: 1.0, 4: 8.0, 9: 2.0})
     assert [len(chunk) for chunk in uneven.chunks(torch.arange(10), 16.0)] == [2, 2, 2, 2, 1, 1]
+
+
+class With(nn.Module):
+    """A function of the input and a parameter."""
+
+    def __init__(self, function, *shape: int):
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.full(shape, 1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight)
+
+
+REVIEWED = {  # each once gave other numbers than the loop, or none
+    "branches with norms before their mixing": lambda: Concatenated(
+        *(
+            nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 5, 1), nn.ReLU(), nn.Conv2d(5, 8, 3, padding=1))
+            for _ in range(4)
+        )
+    ),
+    "parameter over values": lambda: then(With(lambda x, w: w / (2 + x.abs()), 6, 1, 1)),
+    "parameter to the power of values": lambda: then(With(lambda x, w: w**x, 1)),
+    "norm after a weight of lower rank": lambda: nn.Sequential(
+        nn.Conv2d(6, 9, 3, padding=1), With(lambda x, w: x * w, 9, 1, 1), nn.BatchNorm2d(9), nn.Conv2d(9, 5, 3)
+    ),
+    "norm after a single number": lambda: nn.Sequential(
+        nn.Conv2d(6, 7, 3), With(lambda x, w: x * w), nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 5, 3)
+    ),
+    "number in double precision": lambda: nn.Sequential(
+        nn.MaxPool2d(2), nn.Conv2d(6, 6, 3, groups=6), Function(lambda x: 2.5 * x)
+    ),
+    "units and positions changed over": lambda: Function(lambda x: x[..., :6, :6] + x[..., :6, :6].transpose(1, 2)),
+    "norm after activation": lambda: nn.Sequential(
+        nn.Conv2d(6, 7, 3), nn.ReLU(), nn.BatchNorm2d(7), nn.Conv2d(7, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 5, 3)
+    ),
+    "gate before the projection": lambda: nn.Sequential(
+        Gated(nn.Conv2d(6, 3, 1), nn.ReLU(), nn.Conv2d(3, 6, 1)), nn.Conv2d(6, 5, 1)
+    ),
+    "linear layer before a convolution": lambda: nn.Sequential(
+        Function(lambda x: x.permute(0, 2, 3, 1)), nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6),
+        Function(lambda x: x.permute(0, 3, 1, 2)), nn.Conv2d(6, 5, 3),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("piece", REVIEWED)
+def test_what_a_review_found(piece):
+    pair = between(REVIEWED[piece])
+    assert_engines_agree(pair)
+    assert_engines_agree(pair, [("cla", "norm")], chunk_bytes=4000)
+
+
+def test_bfloat16_goes_through_norms_between_mixings():
+    pair = between(REVIEWED["norm after activation"])
+    kind = SCORES["cla"], SUMMARIES["norm"]
+    exact = whole(structured.blocks(*pair, *kind), pair[3].n_units)[0]
+    rough = whole(structured.blocks(*pair, *kind, dtype=torch.bfloat16), pair[3].n_units)[0]
+    assert (rough - exact).abs().max() < 0.03 * exact.max()
+
+
+def test_channels_last_maps_under_a_convolution():
+    parts = [nn.Conv2d(3, 6, 3), Function(lambda x: x.permute(0, 2, 3, 1)), Function(lambda x: x.permute(0, 3, 1, 2))]
+    net = seeded(lambda: nn.Sequential(*parts[:2], nn.Sequential(parts[2], nn.Conv2d(6, 5, 3))))
+    source, target, *_ = recorded(net, noise(2, 3, 9, 9), "1", "2")
+    layers = Layer("1", "", tuple(source.shape[1:]), 3), Layer("2", "", tuple(target.shape[1:]), 1)
+    assert_engines_agree((source, target, *layers), EVERY)

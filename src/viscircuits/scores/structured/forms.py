@@ -16,6 +16,7 @@ value it belongs to; `axis` is that value's unit axis, counting without the row 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
@@ -163,8 +164,9 @@ def along(per_unit: Tensor, axis: int, ndim: int) -> Tensor:
 
 def mixed(maps: Tensor, mix: Tensor, axis: int) -> Tensor:
     """Mix the units along `axis` at each position: (…, unit before, …) → (…, unit after, …)."""
-    if axis == maps.ndim - 1 and mix.ndim == 2:
-        return maps @ mix
+    mix = mix.to(maps.dtype)
+    if axis == maps.ndim - 1:
+        return maps @ mix if mix.ndim == 2 else (maps.flatten(1, -2) @ mix).reshape(*maps.shape[:-1], -1)
     flat = maps.flatten(0, axis - 1).flatten(2)  # (row · axes before, unit before, position)
     if mix.ndim == 2:
         each = mix.t().expand(len(flat), -1, -1)  # matmul would copy to and fro
@@ -183,14 +185,16 @@ def put_in(maps: Tensor, light: One | Spread) -> None:
     by_unit.addcmul_(mix.to(maps.dtype), light.maps.unsqueeze(1).to(maps.dtype))
 
 
-def added(a: Cotangent, b: Cotangent, n_units: int) -> tuple[Cotangent | None, Cotangent | None, Cotangent | None]:
+def added(
+    a: Cotangent, b: Cotangent, shape: Sequence[int]
+) -> tuple[Cotangent | None, Cotangent | None, Cotangent | None]:
     """Add two cotangents of one value up: the rows that both have, those of `a` alone, those of `b` alone."""
     if a.rows.shape == b.rows.shape and torch.equal(a.rows, b.rows):
-        return _same_rows(a, b, n_units), None, None
+        return _same_rows(a, b, shape), None, None
     in_a, in_b = torch.isin(a.rows, b.rows), torch.isin(b.rows, a.rows)
     if not in_a.any():
         return None, a, b
-    both = _same_rows(of_rows(a, in_a), of_rows(b, in_b), n_units)  # rows are in rising order everywhere
+    both = _same_rows(of_rows(a, in_a), of_rows(b, in_b), shape)  # rows are in rising order everywhere
     return both, None if in_a.all() else of_rows(a, ~in_a), None if in_b.all() else of_rows(b, ~in_b)
 
 
@@ -212,22 +216,28 @@ def of_rows(cotangent: C, mine: Tensor) -> C:
     return replace(cotangent, **fields)
 
 
-def _same_rows(a: Cotangent, b: Cotangent, n_units: int) -> Cotangent:
-    if isinstance(a, One) and isinstance(b, One) and torch.equal(a.units, b.units):
+def _same_rows(a: Cotangent, b: Cotangent, shape: Sequence[int]) -> Cotangent:
+    if isinstance(a, One) and isinstance(b, One) and a.axis == b.axis and torch.equal(a.units, b.units):
         return replace(a, maps=a.maps + b.maps)
     if isinstance(a, One | Spread):
         a, b = b, a
-    if isinstance(a, Through) and isinstance(b, One | Spread) and a.plus is None and a.mix.ndim == 2:
+    if (
+        isinstance(a, Through)
+        and isinstance(b, One | Spread)
+        and a.plus is None
+        and a.mix.ndim == 2
+        and a.axis == b.axis
+    ):
         return replace(a, plus=b)
     if isinstance(a, Factored):
         a, b = b, a
-    dense = as_dense(a, n_units)
+    dense = as_dense(a, shape[a.axis] if not isinstance(a, Dense) else 0)
     if isinstance(b, Factored):
         maps = dense.maps.clone() if dense.shared else dense.maps
         weight, mix, tilt, base = (each.to(maps.dtype) for each in (b.maps, b.mix, b.maps * b.tilt, b.base))
         return Dense(maps.addcmul_(weight, mix).addcmul_(tilt, base), a.rows)
     if not isinstance(b, One | Spread):
-        return Dense(dense.maps + as_dense(b, n_units).maps, a.rows)
+        return Dense(dense.maps + as_dense(b, 0).maps, a.rows)
     own = dense.maps.clone() if dense.shared else dense.maps
     put_in(own, b)
     return Dense(own, a.rows)

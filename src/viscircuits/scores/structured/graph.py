@@ -139,9 +139,12 @@ class Graph:
             yield self._by_autograd(node, here)
 
     def _by_rule(self, rule: Rule, node: Any, cotangent: Cotangent) -> Passed | None:
+        """What a rule gives; None where it does not know the case, or stumbles over it: autograd knows."""
         try:
             return rule(self, node, cotangent)
-        except Unknown:
+        except torch.OutOfMemoryError:
+            raise
+        except (Unknown, IndexError, RuntimeError):
             return None
 
     def _by_autograd(self, node: Any, here: dict[int, list[Cotangent]]) -> Passed:
@@ -191,8 +194,7 @@ class Graph:
             if left is None:
                 joined.append(part)
                 continue
-            axis = next((each.axis for each in (part, left) if not isinstance(each, Dense)), 0)
-            both, alone, left = added(part, left, shape[axis])
+            both, alone, left = added(part, left, shape)
             joined += [each for each in (both, alone) if each is not None]
         return joined if left is None else [*joined, left]
 
@@ -203,7 +205,9 @@ class Graph:
     def _pull_ones(self, node: Any) -> Tensor:
         meta = node._input_metadata[0]
         result = node(torch.ones(tuple(meta.shape), dtype=meta.dtype, device=meta.device))
-        return result if isinstance(result, Tensor) else next(each for each in result if each is not None)
+        if isinstance(result, Tensor):
+            return result
+        return next(each for each, place in zip(result, node.next_functions, strict=False) if self.is_on(place))
 
     def keep(self, node: Node, what: str, make: Callable[[], T]) -> T:
         """Compute something of a node once."""

@@ -61,9 +61,10 @@ def elementwise(graph: Graph, node: Any, cotangent: Cotangent) -> Passed:
 def multiplied(graph: Graph, node: Any, cotangent: Cotangent, factor: Tensor, which: int = 0) -> Cotangent:
     """Multiply by a factor that broadcasts to the shape of the node's output, the `which`-th that the node has."""
     shape = graph.shape_at((node, 0))
+    factor = factor.reshape([1] * (len(shape) - factor.ndim) + list(factor.shape))
     if isinstance(cotangent, One):
         by_unit = factor.expand(shape).movedim(cotangent.axis, 0)
-        return replace(cotangent, maps=cotangent.maps * by_unit[cotangent.units])
+        return replace(cotangent, maps=cotangent.maps * by_unit[cotangent.units].to(cotangent.maps.dtype))
     if isinstance(cotangent, Dense):
         gain = cotangent.gain
         weighed = graph.keep(node, f"factor {which} {id(gain)}", lambda: _weighed_factor(factor, gain, graph.dtype))
@@ -127,6 +128,8 @@ def _summed_to(graph: Graph, place: Any, cotangent: Cotangent, node: Any) -> Cot
 def batch_norm(graph: Graph, node: Any, cotangent: Cotangent) -> Passed:
     """In evaluation mode: one number a unit."""
     if node._saved_training:
+        raise Unknown
+    if isinstance(cotangent, One | Spread | Through) and cotangent.axis != 1:
         raise Unknown
     scale: Tensor = graph.keep(node, "scale", lambda: _scale(node))
     if isinstance(cotangent, One):

@@ -37,6 +37,7 @@ PASSES = {torch.float32: 50, torch.bfloat16: 250}
 N_POSITIONS = 384  # that a product of matrices needs to be worth reading a mixing for
 MOST_WEIGHED = 1  # times the memory of a chunk, for what makes the overlap one product
 FEWEST_ROWS = 3  # for which the product of a matrix is faster than that of numbers
+MOST_MIXINGS = 8  # for which something is kept
 FEW_OVERLAPS, MOST_OVERLAPS = 6, 64  # offsets at which max-pooling windows meet, up to which full maps cost more
 
 
@@ -63,8 +64,8 @@ class Scorer:
         self.turned = self.activation.transpose(1, 2).contiguous()  # (image, position, source)
         self.has_tokens = source.ndim > 2 and axis == source.ndim - 1
         self.pooled: dict[MaxPool, _Pooled] = {}
-        self.squared: dict[int, Tensor] = {}  # by id of a mixing, which the graph keeps alive
-        self.weighed: dict[int, Tensor] = {}
+        self.squared: dict[int, tuple[Tensor, Tensor]] = {}  # by id of a mixing: itself, and what was made of it
+        self.weighed: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, parts: list[Cotangent], n_rows: int) -> Scored:
         """Score parts that have no row in common; rows that nothing reached are zero."""
@@ -104,7 +105,7 @@ class Scorer:
             return isinstance(part.inner, Spread) and self.score in (cla, gradient_only)
         if isinstance(part, Spread):
             return self.score in _SPREAD
-        if self.has_tokens and isinstance(part, Through):
+        if self.has_tokens and isinstance(part, Through) and part.mix.ndim == 2:
             return True
         if isinstance(part, Dense | Factored):
             return False
@@ -158,7 +159,7 @@ class Scorer:
     def _tokens(self, part: Spread | Dense | Through | Factored) -> Scored:
         """Units along the last axis: a few rows of an image at a time, whose maps stay in the processor's cache."""
         n_images, n_sources, n_positions = self.activation.shape
-        mix = part.mix if isinstance(part, Through) and part.plus is None else None
+        mix = part.mix if isinstance(part, Through) and part.plus is None and part.mix.ndim == 2 else None
         rows = (as_dense(part, n_sources).maps if mix is None else part.maps).flatten(2, -2)
         values, contributions = (self.activation.new_empty(n_images, len(rows), n_sources) for _ in range(2))
         few = max(1, N_POSITIONS // n_positions)
@@ -201,18 +202,18 @@ class Scorer:
         """`diag(Wᵀ Gram W)`: with `W_km W_lm` in one piece if it is small, which saves two passes."""
         if mix.ndim == 3 or len(mix) * mix.numel() * gram.element_size() > MOST_WEIGHED * self.most_bytes:
             return (gram @ mix.to(gram.dtype)).float().mul_(mix).sum(-2)
-        if id(mix) not in self.squared:
-            self.squared[id(mix)] = (mix[:, None] * mix).flatten(0, 1).to(gram.dtype)  # (before · before, source)
-        return (gram.flatten(-2) @ self.squared[id(mix)]).float()
+        square = _once(self.squared, mix, lambda: (mix[:, None] * mix).flatten(0, 1).to(gram.dtype))
+        return (gram.flatten(-2) @ square).float()  # `square` is (before · before, source)
 
     def _overlap(self, mix: Tensor, maps: Tensor) -> Tensor:
         """`Σ_k W_km ⟨H_k, A_m⟩`: with `W_km A_m` in one piece if it is small, which saves a pass."""
         n_bytes = len(mix) * self.activation.numel() * maps.element_size()
         if mix.ndim == 2 and n_bytes <= MOST_WEIGHED * self.most_bytes:
-            if id(mix) not in self.weighed:
-                weighed = mix.to(maps.dtype)[None, :, None] * self.turned.to(maps.dtype).contiguous()[:, None]
-                self.weighed[id(mix)] = weighed.flatten(1, 2)  # (image, before · position, source)
-            return (maps.flatten(2) @ self.weighed[id(mix)]).float()
+            turned = self.turned.to(maps.dtype)
+            weighed = _once(
+                self.weighed, mix, lambda: (mix.to(maps.dtype)[None, :, None] * turned[:, None]).flatten(1, 2)
+            )  # (image, before · position, source)
+            return (maps.flatten(2) @ weighed).float()
         overlap = maps.flatten(1, 2) @ self.turned.to(maps.dtype)  # (image, row · before, source)
         return overlap.float().unflatten(1, maps.shape[1:3]).mul_(mix).sum(-2)
 
@@ -285,6 +286,15 @@ def _overlaps(pool: MaxPool) -> Iterator[tuple[int, Tensor]]:
             same[..., : height - y, columns] = (pool.indices[..., : height - y, columns] == others).float()
             if same.any():
                 yield y * width + x, same.flatten(2)[..., : -(y * width + x)]
+
+
+def _once(kept: dict[int, tuple[Tensor, Tensor]], mix: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """What was made of this very mixing before, or is now. A mixing made for one chunk alone must not stay for good."""
+    if id(mix) not in kept:
+        if len(kept) >= MOST_MIXINGS:
+            kept.clear()
+        kept[id(mix)] = mix, make()  # the mixing stays alive as long, so that no other gets its id
+    return kept[id(mix)][1]
 
 
 def _flat(maps: Tensor) -> Tensor:

@@ -302,7 +302,7 @@ def unbound(graph: Graph, node: Any, here: dict[int, Cotangent]) -> Cotangent:
     parts = [full(graph, node, here[i], i) if i in here else None for i in range(whole[dim])]
     known = [each for each in parts if each is not None]
     if len(known) == len(parts) and (joined := _side_by_side(known, dim + 1)) is not None:
-        return Dense(joined, _rows(here))
+        return Dense(joined, _rows(here), shared=True)  # the parts may be somebody else's
     empty = torch.zeros_like(known[0])
     return Dense(torch.stack([empty if each is None else each for each in parts], dim + 1), _rows(here))
 
@@ -395,7 +395,8 @@ def _through_matrix(graph: Graph, node: Any, cotangent: Cotangent, matrix: Tenso
 def scaling(graph: Graph, node: Any, cotangent: Cotangent) -> Passed:
     """A product that does no more than weigh units (layer scale) keeps the form."""
     shape = graph.shape_at((node, 0))
-    if isinstance(cotangent, Spread | Factored | Through) and getattr(cotangent, "plus", None) is None:
+    is_one_way = sum(map(graph.is_on, node.next_functions)) == 1
+    if is_one_way and isinstance(cotangent, Spread | Factored | Through) and getattr(cotangent, "plus", None) is None:
         where = only(graph, node)
         factor = (node._saved_other, node._saved_self)[where]
         if isinstance(factor, Tensor) and graph.shape_at(node.next_functions[where]) == shape:
