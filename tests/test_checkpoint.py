@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from viscircuits import attribute, checkpoint, open_images, wrap
 from viscircuits.checkpoint import CheckpointError, Done
-from viscircuits.errors import ImageError, ModelError
+from viscircuits.errors import ImageError, ModelError, ViscircuitsError
 from viscircuits.matrices import Attributions
 
 LAYERS = ["1", "3", "5"]
@@ -95,6 +95,34 @@ def test_interrupted_by_hand_it_says_how_to_go_on_and_does(at, seconds, conv_net
     assert_identical(found, expected)
     assert_identical(found.reference, expected.reference)
     assert not (tmp_path / "parts").exists()
+
+
+@pytest.mark.parametrize("trouble", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_trouble_while_the_result_is_saved_loses_nothing(trouble, conv_net, photographs, tmp_path):
+    def finish(found) -> None:
+        raise trouble
+
+    expected = attempt(conv_net, 0, photographs, None, draws=2)
+    with pytest.raises(type(trouble)):
+        attempt(conv_net, 0, photographs, tmp_path / "parts", draws=2, finish=finish)
+    calls = Interrupting(conv_net, 0)
+    found = attribute(calls, photographs, INNER, checkpoint=tmp_path / "parts", draws=2)
+    assert_identical(found, expected)
+    assert not (tmp_path / "parts").exists()
+
+
+def test_another_rule_of_when_to_stop_is_refused_at_the_door(conv_net, photographs, tmp_path):
+    class Rule:
+        def __init__(self, overlap: float):
+            self.rule = {"overlap": overlap}
+
+        def __call__(self, found) -> bool:
+            return False
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(conv_net, 6, photographs, tmp_path, draws=2, until=Rule(0.9), batch_size=1)
+    with pytest.raises(ViscircuitsError, match=r"until.*0\.9.*0\.5"):
+        attempt(conv_net, 0, photographs, tmp_path, draws=2, until=Rule(0.5), batch_size=1)
 
 
 def test_what_was_done_is_not_done_again(conv_net, photographs, tmp_path):

@@ -15,6 +15,7 @@ the network itself.
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import signal
 import threading
@@ -169,7 +170,7 @@ def attribute(
     if checkpoint is not None:
         made_of = {
             **what_ran(spec), **options, "engine": engine, "targets": _written_rows(targets), "per_image": per_image,
-            "memory": budget, "batch_size": batch_size, "draws": draws, "seed": seed, "until": until is not None,
+            "memory": budget, "batch_size": batch_size, "draws": draws, "seed": seed, "until": _rule_of(until),
             **{f"{what} images": fingerprint(each) for what, each in sets.items()},
         }  # fmt: skip
         kept = Checkpoint(Path(checkpoint), made_of, versions(), checkpoint_seconds, team.rank, team.size)
@@ -411,15 +412,15 @@ class _Run:
             self.state.looks.append(together[SETS[0]].n_images)
             self.state.stable, self.state.until = stable, _remembered(until)
 
-    def _meet(self) -> None:
+    def _meet(self, *, last: bool = False) -> None:
         """Wait for the others; nobody goes on before all have written how far they are."""
-        if self.team.size > 1 and self.kept is not None:
+        if self.kept is not None and (last or self.team.size > 1):
             self.kept.save(self.state)
         self.team.wait()
 
     def results(self, options: dict[str, Any]) -> Attributions:
-        """The averages over all images of all workers."""
-        self._meet()
+        """The averages over all images of all workers; what they are made from stays until they are saved."""
+        self._meet(last=True)
         self.changing = True  # from here on the sums are not this worker's own
         together = {what: self._together(sums) for what, sums in self.state.sums.items()}
         for what, sums in together.items():
@@ -502,7 +503,7 @@ class _Run:
             )
             self.shown[what] = tqdm(
                 total=None if count is None else -(-count // self.team.size) * rows,
-                initial=self.state.sums[what].n_images * rows,
+                initial=self._rows_done(what),
                 desc=f"attribution, {what}", unit="row", unit_scale=True, delay=2, disable=not show,
             )  # fmt: skip
         try:
@@ -510,6 +511,16 @@ class _Run:
         finally:
             for bar in self.shown.values():
                 bar.close()
+
+    def _rows_done(self, what: str) -> int:
+        """Images × targets that a checkpoint brought, without those of a batch's pairs still to come."""
+        rows = [
+            target.n_units if rows is None else len(rows)
+            for (_, target), rows in zip(self.scoring.pairs, self.scoring.rows, strict=True)
+        ]
+        begun = [step for _, step in self.state.done[what].opened.values() if step]
+        missing = sum(self.layout.batch_size * sum(rows[step - 1 :]) for step in begun)
+        return max(0, self.state.sums[what].n_images * sum(rows) - missing) // self.team.size
 
     def stop(self) -> bool:
         """Write a checkpoint on the way out; whether there is anything to go on from."""
@@ -562,6 +573,11 @@ def _terminable() -> Iterator[Callable[[], Any]]:
         yield lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _rule_of(until: Until | None) -> Any:
+    """What `until` asks for, as a checkpoint can hold it."""
+    return until if until is None else json.loads(json.dumps(getattr(until, "rule", True), sort_keys=True))
 
 
 def _remembered(until: Until) -> Any:

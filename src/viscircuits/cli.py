@@ -117,7 +117,11 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def _is_first() -> bool:
     """Whether this process talks: of those that torchrun started, the first."""
-    return os.environ.get("RANK", "0") == "0"
+    return not _under_torchrun() or os.environ["RANK"] == "0"
+
+
+def _under_torchrun() -> bool:
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def _worker() -> str:
@@ -529,7 +533,11 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _command() -> str:
-    return shlex.join(["viscircuits", *sys.argv[1:]])
+    started = ["viscircuits"]
+    if _under_torchrun():
+        n_workers = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+        started = ["torchrun", "--nproc-per-node", n_workers, "-m", "viscircuits"]
+    return shlex.join([*started, *sys.argv[1:]])
 
 
 def _print_result(bundle: Bundle, out: Path, as_json: bool) -> None:
@@ -575,9 +583,12 @@ def _print_confidence(circuit: Circuit) -> None:
     stopped = circuit.provenance.get("stopped")
     if stopped:
         asked = f"overlap {stopped['rule']['overlap']:g} at {stopped['rule']['patience']} looks in a row"
-        seen = max(each["n"] for each in (circuit.provenance.get(what) for what in ("images", "reference")) if each)
+        made_with = circuit.provenance
+        seen = f"{made_with['images']['n']} images"
+        if "reference" in made_with:
+            seen += f" of the concept and {made_with['reference']['n']} of the reference"
         verdict = "stable after" if stopped["stable"] else "not yet stable after all"
-        typer.echo(f"{verdict} {seen} images of each set ({asked})")
+        typer.echo(f"{verdict} {seen} ({asked})")
 
 
 def _print_skipped(sets: Mapping[str, Any]) -> None:

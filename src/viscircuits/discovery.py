@@ -304,7 +304,8 @@ def attribute_into(
     asked = {"score": score, "summary": summary, "layers": addresses, "dtype": kind}
     wanted = _Asked(spec, asked, {"images": images, "reference": reference}, draws, seed, until)
     found = None if out is None else wanted.find(Path(out))
-    if found is None or not all(team().gather(found is not None)):
+    everyone_has = all(team().gather(found is not None))
+    if found is None or not everyone_has:
         found = attribute(
             spec, images, addresses, reference=reference, score=score, summary=summary, engine=engine, dtype=dtype,
             memory=memory, batch_size=batch_size, draws=draws, seed=seed, until=until,
