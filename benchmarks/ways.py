@@ -138,6 +138,7 @@ def _norm(pair: Pair, n: int, maps: Tensor) -> Tensor:
     return SUMMARY(by_unit(maps, pair.target_layer.unit_axis)[:, n])
 
 
+MAY_FAIL = ("vmap", "captum")  # they do not take every network
 WAYS: dict[str, Way] = {
     "loop": by_loop,
     "vmap": by_vmap,

@@ -166,6 +166,19 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, tmp_path):
     assert err.splitlines()[-1].endswith("to go on from what is finished: viscircuits discover 'two words'")
 
 
+def test_a_rank_without_torchrun_silences_nobody(monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    code, out, _ = run("attribute", *MODEL, "render:grating,n=2", *LAYERS, "--bootstrap", "0", "--out", tmp_path)
+    assert code == 0 and "2 images" in out
+
+
+def test_what_to_repeat_is_what_torchrun_was_given(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["viscircuits", "attribute", "a b"])
+    assert cli._command() == "viscircuits attribute 'a b'"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert cli._command() == "torchrun --nproc-per-node 3 -m viscircuits attribute 'a b'"
+
+
 def test_workers_but_the_first_print_nothing_but_their_mistakes(monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")  # without torchrun's other words there is no team to join
     monkeypatch.setattr(cli, "_is_first", lambda: False)

@@ -193,7 +193,7 @@ ACTIVATIONS = [
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_each_piece_gives_the_loops_numbers(piece):
-    assert_engines_agree(between(PIECES[piece]))
+    assert assert_engines_agree(between(PIECES[piece])) == set()  # nothing was left to autograd
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
@@ -755,7 +755,7 @@ def test_costs_are_found_once_and_part_the_rows():
     again = whole(structured.blocks(*pair, *kind, costs=costs), pair[3].n_units)
     assert all(map(torch.equal, first_time, again))
     uneven = structured.Costs({0: 1.0, 4: 8.0, 9: 2.0})
-    assert [len(chunk) for chunk in uneven.chunks(torch.arange(10), 16.0)] == [2, 2, 2, 2, 1, 1]
+    assert [len(chunk) for chunk in uneven.chunks(torch.arange(10), 16.0)] == [2, 2, 2, 2, 2]
 
 
 class With(nn.Module):
@@ -804,8 +804,8 @@ REVIEWED = {  # each once gave other numbers than the loop, or none
 @pytest.mark.parametrize("piece", REVIEWED)
 def test_what_a_review_found(piece):
     pair = between(REVIEWED[piece])
-    assert_engines_agree(pair)
-    assert_engines_agree(pair, [("cla", "norm")], chunk_bytes=4000)
+    left = assert_engines_agree(pair) | assert_engines_agree(pair, [("cla", "norm")], chunk_bytes=4000)
+    assert left <= {"SliceBackward0", "TransposeBackward0"}
 
 
 def test_bfloat16_goes_through_norms_between_mixings():
@@ -822,3 +822,34 @@ def test_channels_last_maps_under_a_convolution():
     source, target, *_ = recorded(net, noise(2, 3, 9, 9), "1", "2")
     layers = Layer("1", "", tuple(source.shape[1:]), 3), Layer("2", "", tuple(target.shape[1:]), 1)
     assert_engines_agree((source, target, *layers), EVERY)
+
+
+class Silent(torch.autograd.Function):
+    """The identity, whose derivative of nothing is None rather than zeros."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient if gradient.any() else None
+
+
+def whole_of(pair: tuple, kind: tuple, rows: Tensor) -> Tensor:
+    return together(loop.blocks(*pair, *kind, rows))[1]
+
+
+def test_an_operation_that_answers_for_some_targets_only_keeps_their_rows():
+    net = seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.Identity(), nn.Sequential(Function(Silent.apply), nn.Conv2d(6, 5, 1), nn.ReLU())
+        )
+    )
+    net[2][1].bias.data[2] = -100  # a unit that is never active; the loop cannot have its row
+    pair, others = recorded(net, noise(2, 3, 7, 7), "1", "2"), torch.tensor([0, 1, 3, 4])
+    assert_engines_agree(pair, rows=others)
+    kind = SCORES["cla"], SUMMARIES["norm"]
+    everything = whole(structured.blocks(*pair, *kind), 5)[0]
+    assert not everything[:, 2].any()
+    torch.testing.assert_close(everything[:, others], whole_of(pair, kind, others))

@@ -493,10 +493,7 @@ class _Run:
     @contextmanager
     def bars(self, show: bool) -> Iterator[None]:
         """Progress over images × targets, shown only if the work takes more than two seconds."""
-        rows = sum(
-            target.n_units if rows is None else len(rows)
-            for (_, target), rows in zip(self.scoring.pairs, self.scoring.rows, strict=True)
-        )
+        rows = sum(self.scoring.n_rows)
         for what, images in self.sets.items():
             count = (
                 len(images) if isinstance(images, Tensor) else images.count if isinstance(images, ImageSet) else None
@@ -514,10 +511,7 @@ class _Run:
 
     def _rows_done(self, what: str) -> int:
         """Images × targets that a checkpoint brought, without those of a batch's pairs still to come."""
-        rows = [
-            target.n_units if rows is None else len(rows)
-            for (_, target), rows in zip(self.scoring.pairs, self.scoring.rows, strict=True)
-        ]
+        rows = self.scoring.n_rows
         begun = [step for _, step in self.state.done[what].opened.values() if step]
         missing = sum(self.layout.batch_size * sum(rows[step - 1 :]) for step in begun)
         return max(0, self.state.sums[what].n_images * sum(rows) - missing) // self.team.size

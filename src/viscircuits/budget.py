@@ -117,6 +117,14 @@ class Scoring:
         """Source and target of each pair."""
         return list(pairwise(self.chain))
 
+    @property
+    def n_rows(self) -> list[int]:
+        """How many targets of each pair are wanted."""
+        return [
+            target.n_units if rows is None else len(rows)
+            for (_, target), rows in zip(self.pairs, self.rows, strict=True)
+        ]
+
     def blocks(
         self,
         i: int,

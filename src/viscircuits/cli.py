@@ -117,11 +117,11 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def _is_first() -> bool:
     """Whether this process talks: of those that torchrun started, the first."""
-    return not _under_torchrun() or os.environ["RANK"] == "0"
+    if "RANK" not in os.environ:  # without waiting for torch
+        return True
+    from viscircuits.workers import is_first
 
-
-def _under_torchrun() -> bool:
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return is_first()
 
 
 def _worker() -> str:
@@ -534,9 +534,8 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def _command() -> str:
     started = ["viscircuits"]
-    if _under_torchrun():
-        n_workers = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
-        started = ["torchrun", "--nproc-per-node", n_workers, "-m", "viscircuits"]
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun's
+        started = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "viscircuits"]
     return shlex.join([*started, *sys.argv[1:]])
 
 

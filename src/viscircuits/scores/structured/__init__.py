@@ -42,9 +42,16 @@ class Costs:
     def chunks(self, rows: Tensor, most: float) -> Iterator[Tensor]:
         """Runs of rows that take at most `most` bytes an image, if none takes more than the nearest that were tried."""
         places = sorted(self.found)
+        costs: list[float] = []
         for first, last in [*pairwise(places), (places[-1], len(rows))]:
-            cost = max(self.found[first], self.found.get(last, 0))
-            yield from rows[first:last].split(max(1, int(most / max(cost, 1))))
+            costs += [max(self.found[first], self.found.get(last, 0.0))] * (last - first)
+        start, highest = 0, 0.0
+        for i, cost in enumerate(costs):
+            if i > start and max(highest, cost) * (i + 1 - start) > most:
+                yield rows[start:i]
+                start, highest = i, 0.0
+            highest = max(highest, cost)
+        yield rows[start:]
 
 
 def blocks(

@@ -7,7 +7,7 @@ autograd: the node itself is called, one row at a time, which costs and gives wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -139,12 +139,10 @@ class Graph:
             yield self._by_autograd(node, here)
 
     def _by_rule(self, rule: Rule, node: Any, cotangent: Cotangent) -> Passed | None:
-        """What a rule gives; None where it does not know the case, or stumbles over it: autograd knows."""
+        """What a rule gives; None for a case that it does not know."""
         try:
             return rule(self, node, cotangent)
-        except torch.OutOfMemoryError:
-            raise
-        except (Unknown, IndexError, RuntimeError):
+        except Unknown:
             return None
 
     def _by_autograd(self, node: Any, here: dict[int, list[Cotangent]]) -> Passed:
@@ -181,9 +179,11 @@ class Graph:
             found.update(zip(part.rows.tolist(), maps.contiguous().unbind(0), strict=True))
         return found
 
-    def _stacked(self, maps: Iterable[Tensor | None], rows: Tensor) -> Dense | None:
+    def _stacked(self, maps: Sequence[Tensor | None], rows: Tensor) -> Dense | None:
+        """The rows that something came out for; what arrived at another output may give an input nothing."""
         known = [each for each in maps if each is not None]
-        return Dense(torch.stack(known).to(self.dtype), rows) if len(known) == len(rows) else None
+        mine = torch.tensor([each is not None for each in maps], device=rows.device)
+        return Dense(torch.stack(known).to(self.dtype), rows[mine]) if known else None
 
     def _joined(self, parts: list[Cotangent], new: Cotangent, place: Place) -> list[Cotangent]:
         """Add a cotangent to those that wait at a place, keeping rows apart."""

@@ -37,11 +37,6 @@ def signed_int(value: int) -> int:
     return value - 2 * BIG if value >= BIG else value
 
 
-def units_of(graph: Graph, node: Any, cotangent: Cotangent) -> int:
-    """How many units the node's output has along the cotangent's unit axis."""
-    return 0 if isinstance(cotangent, Dense) else graph.shape_at((node, 0))[cotangent.axis]
-
-
 # ------------------------------------------------------------------ elementwise
 
 
