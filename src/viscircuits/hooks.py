@@ -3,6 +3,8 @@
 1. A *tap* is a function at an address: it sees the layer's true tensor and may replace it.
 2. `_tapped` attaches taps, counts how often each module has run in this forward pass, and takes
    every hook away again, whatever happens inside.
+   Taps and hooks are `partial`s of functions of the module, not closures: shape checks of closures are made anew
+   each time one is defined.
 3. `record` and `rewrite` are the two taps there are. What is recorded is a private copy, so that
    an in-place operation further on cannot change it, and the rest of the network runs on from
    that copy, so that gradients with respect to it are the true ones.
@@ -15,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,15 +50,7 @@ def record(model: nn.Module, addresses: Iterable[str]) -> Iterator[dict[str, Ten
         If an address does not exist, is not reached, runs several times, or holds no floats.
     """
     values: dict[str, Tensor] = {}
-
-    def tap(address: str) -> Tap:
-        def keep(tensor: Tensor) -> Tensor:
-            values[address] = _private(tensor)
-            return values[address].clone()
-
-        return keep
-
-    with _tapped(model, {address: tap(address) for address in addresses}, observing=True):
+    with _tapped(model, {address: partial(_keep, values, address) for address in addresses}, observing=True):
         yield values
 
 
@@ -74,20 +69,8 @@ def rewrite(
     LayerError
         As `record`, and if a tap returns another shape.
     """
-
-    def checked(address: str, tap: Tap) -> Tap:
-        def replacement(tensor: Tensor) -> Tensor:
-            new = tap(tensor)
-            if new.shape != tensor.shape:
-                raise LayerError(
-                    f"the replacement for layer {address!r} has shape {tuple(new.shape)}, "
-                    f"the layer has {tuple(tensor.shape)}"
-                )
-            return new
-
-        return replacement
-
-    with _tapped(model, {address: checked(address, tap) for address, tap in taps.items()}, before, after):
+    checked = {address: partial(_replace, address, tap) for address, tap in taps.items()}
+    with _tapped(model, checked, before, after):
         yield
 
 
@@ -99,18 +82,9 @@ def activations(model: nn.Module, addresses: Iterable[str], images: Float[Tensor
     """
     addresses = list(addresses)
     values: dict[str, Tensor] = {}
-
-    def tap(address: str) -> Tap:
-        def keep(tensor: Tensor) -> Tensor:
-            values[address] = _private(tensor)
-            if len(values) == len(addresses):
-                raise _Reached
-            return values[address].clone()
-
-        return keep
-
+    taps = {address: partial(_keep_and_stop, values, len(addresses), address) for address in addresses}
     try:
-        with _tapped(model, {address: tap(address) for address in addresses}, observing=True):
+        with _tapped(model, taps, observing=True):
             forward(model, images)
     except _Reached:
         pass
@@ -177,15 +151,7 @@ def watch_calls(
     depth = pass_depth()
     with ExitStack() as stack:
         for name, module in model.named_modules():
-
-            def entering(module: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
-                if pass_depth() == depth:
-                    before(name, module, args, kwargs)
-
-            def leaving(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
-                if pass_depth() == depth:
-                    after(name, module, output)
-
+            entering, leaving = partial(_entering, before, depth, name), partial(_leaving, after, depth, name)
             stack.callback(module.register_forward_pre_hook(entering, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(leaving).remove)
         yield
@@ -231,29 +197,62 @@ def _tapped(
     by_module: dict[nn.Module, dict[Address, Tap]] = {}
     for address, tap in parsed.items():
         by_module.setdefault(submodule(model, address), {})[address] = tap
-
-    def starting(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if before is not None:
-            before(args, kwargs)
-        counter.start()  # after `before`, which may run the network itself
-
-    def finished(module: nn.Module, args: tuple, output: Any) -> None:
-        counter.check()
-        if after is not None:
-            after()
-
     with ExitStack() as stack:
+        starting, finished = partial(_starting, counter, before), partial(_finished, counter, after)
         stack.callback(model.register_forward_pre_hook(starting, with_kwargs=True).remove)
         for module, mine in by_module.items():
             inputs = {address: tap for address, tap in mine.items() if address.input}
             outputs = {address: tap for address, tap in mine.items() if not address.input}
             if inputs:
-                hook = _input_hook(inputs, counter)
+                hook = partial(_tap_inputs, inputs, counter)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             if outputs:
-                stack.callback(module.register_forward_hook(_output_hook(outputs, counter)).remove)
+                stack.callback(module.register_forward_hook(partial(_tap_outputs, outputs, counter)).remove)
         stack.callback(model.register_forward_hook(finished).remove)
         yield
+
+
+def _keep(values: dict[str, Tensor], address: str, tensor: Tensor) -> Tensor:
+    values[address] = _private(tensor)
+    return values[address].clone()
+
+
+def _keep_and_stop(values: dict[str, Tensor], wanted: int, address: str, tensor: Tensor) -> Tensor:
+    kept = _keep(values, address, tensor)
+    if len(values) == wanted:
+        raise _Reached
+    return kept
+
+
+def _replace(address: str, tap: Tap, tensor: Tensor) -> Tensor:
+    new = tap(tensor)
+    if new.shape != tensor.shape:
+        raise LayerError(
+            f"the replacement for layer {address!r} has shape {tuple(new.shape)}, the layer has {tuple(tensor.shape)}"
+        )
+    return new
+
+
+def _starting(counter: _Counter, before: Before | None, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    if before is not None:
+        before(args, kwargs)
+    counter.start()  # after `before`, which may run the network itself
+
+
+def _finished(counter: _Counter, after: Callable[[], None] | None, module: nn.Module, args: tuple, output: Any) -> None:
+    counter.check()
+    if after is not None:
+        after()
+
+
+def _entering(before: Callable, depth: int, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    if pass_depth() == depth:
+        before(name, module, args, kwargs)
+
+
+def _leaving(after: Callable, depth: int, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+    if pass_depth() == depth:
+        after(name, module, output)
 
 
 def _refuse_compiled(model: nn.Module) -> None:
@@ -309,31 +308,27 @@ class _Counter:
                 raise LayerError(f"layer {address.name!r} runs {calls} times, so there is no {address.text!r}")
 
 
-def _output_hook(taps: Mapping[Address, Tap], counter: _Counter) -> Callable:
-    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-        for address, tap in taps.items():
-            if counter.is_meant(address):
-                output = _put(output, address, tap(_pick(output, address)))
-        return output
-
-    return hook
+def _tap_outputs(taps: Mapping[Address, Tap], counter: _Counter, module: nn.Module, args: tuple, output: Any) -> Any:
+    for address, tap in taps.items():
+        if counter.is_meant(address):
+            output = _put(output, address, tap(_pick(output, address)))
+    return output
 
 
-def _input_hook(taps: Mapping[Address, Tap], counter: _Counter) -> Callable:
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        for address, tap in taps.items():
-            if not counter.is_meant(address):
-                continue
-            if args and isinstance(args[0], Tensor):
-                args = (tap(_floats(args[0], address)), *args[1:])
-                continue
-            key = next((key for key, value in kwargs.items() if isinstance(value, Tensor)), None)
-            if key is None:
-                raise LayerError(f"layer {address.text!r} takes no tensor as its input")
-            kwargs = {**kwargs, key: tap(_floats(kwargs[key], address))}
-        return args, kwargs
-
-    return hook
+def _tap_inputs(
+    taps: Mapping[Address, Tap], counter: _Counter, module: nn.Module, args: tuple, kwargs: dict
+) -> tuple[tuple, dict]:
+    for address, tap in taps.items():
+        if not counter.is_meant(address):
+            continue
+        if args and isinstance(args[0], Tensor):
+            args = (tap(_floats(args[0], address)), *args[1:])
+            continue
+        key = next((key for key, value in kwargs.items() if isinstance(value, Tensor)), None)
+        if key is None:
+            raise LayerError(f"layer {address.text!r} takes no tensor as its input")
+        kwargs = {**kwargs, key: tap(_floats(kwargs[key], address))}
+    return args, kwargs
 
 
 def _private(tensor: Tensor) -> Tensor:
