@@ -5,12 +5,14 @@
 #   make types   mypy                      make docs    the documentation, into site/
 #   make bench   how fast attribution is   make ci      lint, types, docs and tests
 #   make venv    only the environment      make clean   remove it, and what tools left behind
+#   make bench-fidelity   whether methods find the circuit that is the cause
 #
 # VENV=…         where the environment lives (.venv)
 # PYTHON=…       which Python makes it (python3)
 # PYTEST_ARGS=…  more arguments for pytest: `make test PYTEST_ARGS='-k circuit -n 2'`
 # DEMO_ARGS=…    more arguments for `viscircuits demo`
 # BENCH_ARGS=…   more arguments for benchmarks/speed.py: `make bench BENCH_ARGS='--networks resnet18'`
+# FIDELITY_ARGS=…  more arguments for benchmarks/fidelity: `make bench-fidelity FIDELITY_ARGS='--methods eap'`
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -21,10 +23,11 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+FIDELITY_ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types docs bench ci clean
+.PHONY: help venv demo test lint types docs bench bench-fidelity ci clean
 
 help:
 	@sed -n 's/^#   \(make.*\)/\1/p; s/^# \([A-Z_]*=.*\)/\1/p' Makefile
@@ -52,6 +55,9 @@ docs: $(VENV)/.has-docs
 
 bench: $(VENV)/.has-bench
 	@$(BIN)/python benchmarks/speed.py $(BENCH_ARGS)
+
+bench-fidelity: $(VENV)/.has-bench
+	@PYTHONPATH=benchmarks $(BIN)/python -m fidelity $(FIDELITY_ARGS)
 
 ci: lint types docs test
 

@@ -95,6 +95,56 @@ def test_selectivity_is_one_for_a_clean_cut_and_zero_for_equal_harm():
     assert metrics.selectivity(right, right, torch.ones(9), torch.zeros(9)) == -1
 
 
+def test_completeness_is_zero_without_everything_and_one_without_nothing():
+    full, empty = tensor([4.0, 8.0]), tensor([1.0, 1.0])
+    assert metrics.completeness(full, empty, empty) == 0
+    assert metrics.completeness(full, full, empty) == 1
+
+
+def test_minimality_is_the_least_change_whatever_its_sign():
+    full = tensor([4.0, 6.0])
+    without = tensor([[1.0, 1.0], [7.0, 7.0], [5.0, 4.5]])  # means 1, 7 (a suppressor), 4.75; the whole has 5
+    assert metrics.minimality(full, without) == pytest.approx(0.25)
+    assert metrics.minimality(full, without[:2]) == pytest.approx(2)
+    assert metrics.minimality(full, torch.stack([full, without[0]])) == 0  # an idle unit
+
+
+def test_minimality_of_nothing_is_refused():
+    with pytest.raises(ViscircuitsError, match="the circuit has none"):
+        metrics.minimality(torch.ones(2), torch.ones(0, 2))
+    with pytest.raises(ViscircuitsError, match="at least one image"):
+        metrics.minimality(torch.ones(0), torch.ones(2, 0))
+
+
+@given(st.lists(st.integers(0, 1), min_size=8, max_size=8), st.lists(st.integers(0, 1), min_size=8, max_size=8))
+def test_selectivity_of_a_share_of_images_lies_between_minus_two_and_two(after, before):
+    samples = [torch.tensor(values, dtype=torch.float64) for values in (before[:4], after[:4], before[4:], after[4:])]
+    assert -2 <= metrics.selectivity(*samples) <= 2
+    turned = metrics.selectivity(*samples[2:], *samples[:2])
+    assert turned == pytest.approx(-metrics.selectivity(*samples))
+
+
+def test_transfer_is_what_selectivity_gains_on_other_images():
+    right, wrong = torch.ones(4), torch.zeros(4)
+    clean, useless = (right, wrong, right, right), (right, right, right, right)
+    half = (right, tensor([1.0, 1.0, 0.0, 0.0]), right, right)
+    assert metrics.transfer(clean, clean) == 0
+    assert metrics.transfer(clean, useless) == -1
+    assert metrics.transfer(half, clean) == 0.5
+
+
+def test_selectivity_area_of_a_line_is_its_triangle_and_of_equal_harm_zero():
+    x = tensor([0.0, 0.5, 1.0])
+    falling = tensor([[1.0, 1.0], [0.5, 0.5], [0.0, 0.0]])
+    untouched = torch.ones(3, 5)
+    assert metrics.selectivity_area(x, falling, untouched) == pytest.approx(0.5)
+    assert metrics.selectivity_area(x, untouched, falling) == pytest.approx(-0.5)
+    assert metrics.selectivity_area(x, falling, falling) == 0
+    assert metrics.selectivity_area(x, falling, 0.3 * untouched) == pytest.approx(0.5)  # each less its own start
+    at_once = tensor([[1.0], [0.0], [0.0]])
+    assert metrics.selectivity_area(x, at_once, untouched) == pytest.approx(0.75)
+
+
 def test_area_between_two_lines_is_their_triangle_and_turns_with_their_order():
     x = tensor([0.0, 0.5, 2.0])
     assert metrics.area_between(x, 3 * x, x) == pytest.approx(4.0)
@@ -124,6 +174,97 @@ def test_cpr_of_another_number_of_sizes_asks_for_them():
 
 
 # --------------------------------------------------------------------- agreement
+
+
+def some_scores(n: int = 8) -> st.SearchStrategy[list[int]]:
+    return st.lists(st.integers(-3, 3), min_size=n, max_size=n)
+
+
+@given(some_scores(), some_scores())
+def test_correlations_equal_the_oracles_with_ties_or_say_that_a_score_is_constant(a, b):
+    x, y = (torch.tensor(values, dtype=torch.float64) for values in (a, b))
+    if len(set(a)) == 1 or len(set(b)) == 1:
+        for statistic in (metrics.pearson, metrics.spearman):
+            with pytest.raises(ViscircuitsError, match="all 8 scores are"):
+                statistic(x, y)
+        return
+    assert metrics.pearson(x, y) == pytest.approx(scipy.stats.pearsonr(a, b).statistic, abs=1e-12)
+    assert metrics.spearman(x, y) == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-12)
+
+
+def test_equal_scores_share_their_mean_rank():
+    assert metrics.ranks(tensor([5.0, -1.0, 5.0, 9.0])).tolist() == [2.5, 1, 2.5, 4]
+
+
+def test_spearman_sees_only_the_order_and_pearson_a_line():
+    a = tensor([0.1, 2.0, 0.7, 1.1])
+    assert metrics.spearman(a, a.exp()) == pytest.approx(1)
+    assert metrics.spearman(a, -(a**3)) == pytest.approx(-1)
+    assert metrics.pearson(a, 3 * a - 5) == pytest.approx(1)
+    assert metrics.pearson(a, a.exp()) < 0.99
+
+
+@pytest.mark.parametrize("statistic", [metrics.pearson, metrics.spearman])
+def test_correlations_refuse_what_has_none(statistic):
+    with pytest.raises(ViscircuitsError, match="two units or more, got 1"):
+        statistic(torch.ones(1), torch.ones(1))
+    with pytest.raises(ViscircuitsError, match="1 of 2 scores are not finite"):
+        statistic(tensor([1.0, float("nan")]), tensor([1.0, 2.0]))
+
+
+truths = st.lists(st.booleans(), min_size=8, max_size=8).filter(lambda truth: 0 < sum(truth) < 8)
+
+
+@given(some_scores(), truths)
+def test_auroc_is_mann_whitney_with_ties_at_a_half(scores, truth):
+    inside = [score for score, true in zip(scores, truth, strict=True) if true]
+    outside = [score for score, true in zip(scores, truth, strict=True) if not true]
+    expected = scipy.stats.mannwhitneyu(inside, outside).statistic / (len(inside) * len(outside))
+    assert metrics.auroc(torch.tensor(scores).double(), torch.tensor(truth)) == pytest.approx(expected, abs=1e-12)
+
+
+@given(some_scores(), truths)
+def test_auroc_does_not_change_with_a_rising_map_and_turns_with_the_sign(scores, truth):
+    values, true = torch.tensor(scores).double(), torch.tensor(truth)
+    found = metrics.auroc(values, true)
+    assert metrics.auroc((values / 3).exp() - 7, true) == pytest.approx(found)
+    assert metrics.auroc(-values, true) == pytest.approx(1 - found)
+
+
+def test_a_perfect_score_has_auroc_one_its_negation_zero_and_a_constant_half():
+    truth = tensor([True, False, True, False, False])
+    assert metrics.auroc(truth.double(), truth) == 1
+    assert metrics.auroc(-truth.double(), truth) == 0
+    assert metrics.auroc(torch.zeros(5), truth) == 0.5
+
+
+def test_auroc_without_a_truth_to_find_is_refused():
+    for truth in (torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)):
+        with pytest.raises(ViscircuitsError, match="of 3"):
+            metrics.auroc(torch.rand(3), truth)
+    with pytest.raises(ViscircuitsError, match="not finite"):
+        metrics.auroc(tensor([1.0, float("nan")]), tensor([True, False]))
+
+
+@given(some_scores(), truths)
+def test_precision_equals_recall_at_the_true_size(scores, truth):
+    precision, recall = metrics.precision_recall(torch.tensor(scores).double(), torch.tensor(truth))
+    assert precision == recall
+
+
+def test_precision_and_recall_by_hand():
+    scores, truth = tensor([9.0, 8.0, 7.0, 1.0]), tensor([True, False, True, True])
+    assert metrics.precision_recall(scores, truth) == (2 / 3, 2 / 3)
+    assert metrics.precision_recall(scores, truth, 1) == (1, 1 / 3)
+    assert metrics.precision_recall(scores, truth, 4) == (3 / 4, 1)
+    assert metrics.precision_recall(torch.zeros(4), truth, 1) == (1, 1 / 3)  # among equals the lowest index
+
+
+def test_precision_of_an_impossible_choice_is_refused():
+    with pytest.raises(ViscircuitsError, match="nothing to recall"):
+        metrics.precision_recall(torch.rand(2), tensor([False, False]))
+    with pytest.raises(ViscircuitsError, match="cannot choose 3 of 2"):
+        metrics.precision_recall(torch.rand(2), tensor([True, False]), 3)
 
 
 def test_jaccard_is_shared_over_union():
@@ -186,7 +327,44 @@ def test_overlap_of_circuits_that_cannot_be_compared_says_why():
         metrics.overlap(circuit({"x": (1,)}), circuit({"x": (1,)}, width=12))
 
 
+def test_overlap_of_all_layers_counts_units_pooled_and_chance_over_every_pair_of_choices():
+    a = Circuit({"x": (0, 1), "y": (2,)}, {"x": 4, "y": 3})
+    b = Circuit({"x": (1, 3), "y": (2,)}, {"x": 4, "y": 3})
+    together = metrics.overlap_together(metrics.overlap(a, b))
+    assert (together.n_units, together.size_a, together.size_b, together.shared) == (7, 3, 3, 2)
+    assert together.jaccard == 0.5
+    shared = [
+        len({0, 1} & set(x)) + len({2} & {y}) for x in itertools.combinations(range(4), 2) for y in range(3)
+    ]  # fmt: skip
+    assert together.chance == pytest.approx(sum(i / (6 - i) for i in shared) / len(shared))
+    assert together.p_value == pytest.approx(sum(i >= 2 for i in shared) / len(shared))
+
+
+def test_overlap_of_one_layer_is_its_own_pool():
+    (alone,) = metrics.overlap(circuit({"x": (0, 1)}), circuit({"x": (1, 2, 3)}))
+    together = metrics.overlap_together([alone])
+    assert (together.jaccard, together.shared) == (alone.jaccard, alone.shared)
+    assert (together.chance, together.p_value) == pytest.approx((alone.chance, alone.p_value))
+    with pytest.raises(ViscircuitsError, match="no layer"):
+        metrics.overlap_together([])
+
+
 # --------------------------------------------------------------------- certainty
+
+
+def test_stability_is_the_share_of_draws_that_choose_a_unit():
+    drawn = [circuit({"x": chosen, "y": (3,)}, width=4) for chosen in ((0, 1), (1, 2), (1,), (0, 1))]
+    found = metrics.stability(drawn)
+    assert found["x"].tolist() == [0.5, 1, 0.25, 0]
+    assert found["y"].tolist() == [0, 0, 0, 1]
+    assert float(sum(shares.sum() for shares in found.values())) == 11 / 4  # the mean size
+
+
+def test_stability_of_unlike_circuits_or_none_is_refused():
+    with pytest.raises(ViscircuitsError, match="got 2 sorts"):
+        metrics.stability([circuit({"x": (0,)}), circuit({"x": (0,)}, width=11)])
+    with pytest.raises(ViscircuitsError, match="got 0 sorts"):
+        metrics.stability([])
 
 
 def test_bootstrap_interval_of_a_mean_matches_the_normal_one():

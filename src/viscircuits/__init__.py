@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from viscircuits.models import load_model as load_model
     from viscircuits.models import wrap as wrap
     from viscircuits.selection import select as select
+    from viscircuits.suite import evaluate_fully as evaluate_fully
 
 _ROOMS = {
     "ablation": ("Statistics", "ablate", "measure", "prune_edges"),
@@ -62,6 +63,7 @@ _ROOMS = {
     "metrics": ("overlap",),
     "models": ("ModelSpec", "load_model", "wrap"),
     "selection": ("select",),
+    "suite": ("evaluate_fully",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

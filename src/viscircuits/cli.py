@@ -46,6 +46,7 @@ Summary = Literal["norm", "mean", "sum", "max"]
 Contrast = Literal["none", "difference", "ratio"]
 Refine = Literal["coordinate", "paper", "none"]
 Ablation = Literal["zero", "mean", "resample", "noise"]
+Suite = Literal["basic", "full"]
 Engine = Literal["auto", "loop", "structured"]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -339,7 +340,11 @@ def attribute(
     typer.echo(f"{out / 'attributions.safetensors'}: {found.n_images} images{n_reference}, {len(found.layers)} layers")
 
 
-@app.command(epilog="Example: `viscircuits evaluate dogs photos/more-dogs --others photos/more-others --ablation mean`")
+@app.command(
+    epilog="Example: `viscircuits evaluate dogs photos/more-dogs --others photos/more-others --ablation mean`\n\n"
+    "Everything there is to measure, under two ablations: "
+    "`viscircuits evaluate dogs photos/more-dogs --others photos/more-others --suite full --ablation zero,mean`"
+)
 @_reports_mistakes
 def evaluate(
     folder: Folder,
@@ -349,8 +354,25 @@ def evaluate(
         str | None, typer.Option(metavar="IMAGES", help="Where mean, resample and noise take their values from.")
     ] = None,
     ablation: Annotated[
-        Ablation | None, typer.Option(help="What a removed value becomes; default that of the circuit.")
+        str | None,
+        typer.Option(
+            metavar="zero|mean|…",
+            help="What a removed value becomes: zero, mean, resample or noise; default that of the circuit. The full "
+            "suite takes several, with commas between them, and by default zero and mean besides.",
+        ),
     ] = None,
+    suite: Annotated[
+        Suite,
+        typer.Option(
+            help="basic: what removing the circuit does, beside controls. full: everything there is to measure, and "
+            "which verdicts depend on the ablation; takes minutes."
+        ),
+    ] = "basic",
+    transfer: Annotated[
+        str | None, typer.Option(metavar="IMAGES", help="Full suite: other images of the concept, to test on as well.")
+    ] = None,
+    checked_units: Annotated[int, typer.Option(help="Full suite: units removed one at a time; 0 for none.")] = 64,
+    checked_images: Annotated[int, typer.Option(help="Full suite: on how many images of the concept.")] = 16,
     labels: Labels = "auto",
     weights: Annotated[str | None, typer.Option(help="If the model's weights are elsewhere now.")] = None,
     draws: Annotated[int, typer.Option(help="Random circuits to compare with.")] = 5,
@@ -366,7 +388,11 @@ def evaluate(
         images,
         others=others,
         reference=reference,
-        ablation=ablation,
+        ablation=_listed("--ablation", ablation),
+        suite=suite,
+        transfer=transfer,
+        checked_units=checked_units,
+        checked_images=checked_images,
         labels=None if labels == "none" else labels,
         weights=weights,
         draws=draws,
@@ -509,11 +535,15 @@ def _load(model: str, weights: str) -> ModelSpec:
 
 
 def _names(text: str | None) -> list[str] | None:
+    return _listed("--layers", text)
+
+
+def _listed(option: str, text: str | None) -> list[str] | None:
     if text is None:
         return None
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise ViscircuitsError(f"--layers takes names with commas between them, got {text!r}")
+        raise ViscircuitsError(f"{option} takes names with commas between them, got {text!r}")
     return names
 
 

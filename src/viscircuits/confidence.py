@@ -24,6 +24,7 @@ from torch import Tensor
 from viscircuits.circuit import Circuit, Edge
 from viscircuits.errors import ViscircuitsError
 from viscircuits.matrices import Attributions
+from viscircuits.metrics import stability
 from viscircuits.selection import reselect, select
 
 LEVEL = 0.95  # of the interval that holds the draws' overlaps
@@ -119,7 +120,7 @@ def confidence(
     pairs = torch.triu_indices(len(pooled), len(pooled), 1)
     return Confidence(
         _with_shares(circuit, drawn),
-        {layer: holds.float().mean(0) for layer, holds in drawn.items()},
+        stability(chosen),
         tuple(_overlaps(pooled, own)[:, 0].tolist()),
         tuple(_overlaps(pooled, pooled)[pairs[0], pairs[1]].tolist()),
     )

@@ -34,7 +34,7 @@ from viscircuits.circuit import Circuit, Unit
 from viscircuits.confidence import Stable, confidence
 from viscircuits.editing import Edited, edit
 from viscircuits.errors import FileFormatError, ImageError, ModelError, ViscircuitsError
-from viscircuits.evaluation import Evaluation, LabelSource, evaluate, find_labels
+from viscircuits.evaluation import Evaluation, evaluate
 from viscircuits.exemplars import Exemplar, exemplars
 from viscircuits.files import write_atomically
 from viscircuits.images import ImageSet, Source, batches, open_images, split
@@ -43,6 +43,8 @@ from viscircuits.models import ModelSpec, as_spec, load_model
 from viscircuits.running import N_DIGEST, Seen
 from viscircuits.scores.formulas import SCORES, SUMMARIES, choose
 from viscircuits.selection import REFINEMENTS, select, units_per_layer
+from viscircuits.suite import evaluate_fully
+from viscircuits.trials import LabelSource, find_labels
 from viscircuits.workers import is_first, team
 
 FINISHED = "attributions.safetensors"
@@ -340,7 +342,11 @@ def evaluate_again(
     *,
     others: Source | None = None,
     reference: Source | None = None,
-    ablation: str | None = None,
+    ablation: str | Sequence[str] | None = None,
+    suite: str = "basic",
+    transfer: Source | None = None,
+    checked_units: int = 64,
+    checked_images: int = 16,
     labels: LabelSource | None = "auto",
     weights: str | Path | None = None,
     draws: int = 5,
@@ -361,7 +367,12 @@ def evaluate_again(
         Where ``mean``, ``resample`` and ``noise`` take their values from; by default the reference
         images the circuit was found with.
     ablation
-        By default the circuit's own.
+        By default the circuit's own. The full suite takes several, by default ``zero`` and ``mean`` besides, if
+        there is a reference.
+    suite
+        ``basic``, or ``full`` for everything that `evaluate_fully` measures.
+    transfer, checked_units, checked_images
+        As for `evaluate_fully`; for the full suite alone.
     weights
         Where the model's weights are, if not where they were.
     command
@@ -378,13 +389,24 @@ def evaluate_again(
     spec = model_of(bundle.circuit, weights)
     tested = open_images(images)
     background = None if others is None else open_images(others)
-    ablation = ablation or bundle.circuit.provenance.get("ablation", "zero")
-    source = None if ablation == "zero" else _reference_of(bundle.circuit, ablation, reference)
-    evaluation = evaluate(
-        spec, bundle.circuit, tested, background, attributions=bundle.attributions, labels=labels, ablation=ablation,
-        reference=source, draws=draws, batch_size=batch_size, seed=seed,
-        progress=progress,
-    )  # fmt: skip
+    ablations = _ablations(ablation, bundle.circuit, suite, reference is not None)
+    needs = [each for each in ablations if each != "zero"]
+    source = _reference_of(bundle.circuit, needs[0], reference) if needs else None
+    if suite == "basic" and transfer is not None:
+        raise ViscircuitsError("images for transfer are tested on by the full suite alone; add --suite full")
+    shared: dict[str, Any] = {
+        "attributions": bundle.attributions, "labels": labels, "reference": source, "draws": draws,
+        "batch_size": batch_size, "seed": seed, "progress": progress,
+    }  # fmt: skip
+    if suite == "basic":
+        evaluation = evaluate(spec, bundle.circuit, tested, background, ablation=ablations[0], **shared)
+    else:
+        spec.model.to(memory_format=torch.channels_last)  # halves the time of many short passes on a CPU
+        evaluation = evaluate_fully(
+            spec, bundle.circuit, tested, background, ablations=ablations, found_with=_found_sets(bundle.circuit),
+            transfer=None if transfer is None else (open_images(transfer), None), checked_units=checked_units,
+            checked_images=checked_images, **shared,
+        )  # fmt: skip
     evaluation = Evaluation({**evaluation.data, "command": command})
     bundle = replace(bundle, evaluation=evaluation)
     bundle.save(folder)
@@ -461,6 +483,30 @@ def model_of(circuit: Circuit, weights: str | Path | None = None) -> ModelSpec:
             "pass the file they were in (--weights FILE)"
         )
     return spec
+
+
+def _ablations(asked: str | Sequence[str] | None, circuit: Circuit, suite: str, has_reference: bool) -> tuple[str, ...]:
+    """Under which ablations to evaluate, the first one foremost."""
+    choose({"basic": evaluate, "full": evaluate_fully}, suite, "suite")
+    own = circuit.provenance.get("ablation", "zero")
+    if asked is None:
+        more = ("zero", "mean") if suite == "full" and (has_reference or "reference" in circuit.provenance) else ()
+        return tuple(dict.fromkeys((own, *more)))
+    named = (asked,) if isinstance(asked, str) else tuple(asked)
+    for name in named:
+        choose(ABLATIONS, name, "ablation")
+    if suite == "basic" and len(named) != 1:
+        raise ViscircuitsError(f"the basic suite takes one ablation, got {', '.join(named)}; several with --suite full")
+    return named
+
+
+def _found_sets(circuit: Circuit) -> tuple[ImageSet, ImageSet | None] | None:
+    """The images that the circuit was found with, as far as they can still be opened."""
+    try:
+        concept = _found_with(circuit.provenance, "images")
+        return concept, _found_with(circuit.provenance, "reference") if "reference" in circuit.provenance else None
+    except ImageError:
+        return None
 
 
 def _sources(**given: Source | None) -> dict[str, Any]:

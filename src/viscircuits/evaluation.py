@@ -18,51 +18,45 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from viscircuits import tables
 from viscircuits.ablation import ABLATIONS, Statistics, ablate, describe_layers, measure, prune_edges
-from viscircuits.attribution import N_DIGEST, Images, Seen
+from viscircuits.attribution import Images
 from viscircuits.circuit import Circuit, Edge
 from viscircuits.errors import FileFormatError, ImageError, ViscircuitsError
 from viscircuits.files import write_atomically
-from viscircuits.hooks import evaluating, forward
-from viscircuits.images import Batch, ImageSet, batches
-from viscircuits.labels import match_labels
+from viscircuits.images import batches
 from viscircuits.matrices import Attributions
-from viscircuits.metrics import (
-    Interval,
-    bootstrap,
-    completeness,
-    correct,
-    cosine_distance,
-    faithfulness,
-    kl_divergence,
-    share_interval,
-)
+from viscircuits.metrics import Interval, bootstrap, completeness, faithfulness, share_interval
 from viscircuits.models import ModelSpec, as_spec
 from viscircuits.scores.controls import CONTROLS
 from viscircuits.scores.formulas import choose
 from viscircuits.selection import random_like, same_size, shrink
 from viscircuits.tracing import trace
+from viscircuits.trials import (
+    BASELINE,
+    Key,
+    LabelSource,
+    Measures,
+    Opener,
+    Outcomes,
+    find_labels,
+    run_trials,
+    used_to_find,
+)
 
 SCHEMA = "viscircuits/evaluation"
 VERSION = 1
+FULL_VERSION = 1  # of what the full suite adds (`viscircuits.suite`)
 N_BOOTSTRAP = 1000
-
-LabelSource = str | Path | Mapping[str, str]
-ClassOf = Callable[[Batch], Tensor]
-Opener = Callable[[], AbstractContextManager[None]]
-Measures = dict[str, Tensor]  # measure → one number for each image
-Key = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -82,38 +76,21 @@ class Evaluation:
         return self._interval(self.data.get("faithfulness"))
 
     def table(self) -> str:
-        """Return the circuit and its controls, a row each: concept, others, selectivity."""
-        measure = self.data["measure"]
-        n = {images: f"(n={described['n']})" for images, described in self.data["images"].items()}
-        rows = [
-            (
-                "removed",
-                f"concept {measure} {n['concept']}",
-                f"others {measure} {n.get('others', '')}".rstrip(),
-                "selectivity",
-            )
-        ]
-        rows += [
-            (
-                "nothing",
-                _shown(self.data["baseline"], "concept", measure),
-                _shown(self.data["baseline"], "others", measure),
-                "",
-            )
-        ]
-        for entry in self.data["circuits"]:
-            rows.append(
-                (
-                    entry["name"],
-                    _shown(entry, "concept", measure),
-                    _shown(entry, "others", measure),
-                    _show(entry.get("selectivity")),
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+        """Everything that was measured, as text: the circuit and its controls, a row each."""
+        return "\n".join(tables.lines_of(self.data))
+
+    def under(self, ablation: str) -> Evaluation:
+        """What was measured under one of the ablations of a full suite.
+
+        Raises
+        ------
+        ViscircuitsError
+            If this evaluation was not made under that ablation.
+        """
+        if ablation == self.data["ablation"]:
+            return self
+        by_ablation = self.data.get("full", {}).get("by_ablation", {self.data["ablation"]: {}})
+        return Evaluation({**self.data, **choose(by_ablation, ablation, "measurement under ablation")["removed"]})
 
     def save(self, path: str | Path) -> Path:
         """Write the evaluation as JSON."""
@@ -130,6 +107,9 @@ class Evaluation:
             raise FileFormatError(f"cannot read an evaluation from {str(path)!r}: {error}") from error
         if not isinstance(data, dict) or data.get("schema") != SCHEMA or data.get("version") != VERSION:
             raise FileFormatError(f"{str(path)!r} does not hold a viscircuits evaluation of version {VERSION}")
+        full = data.get("full", {"version": FULL_VERSION})
+        if not isinstance(full, dict) or full.get("version") != FULL_VERSION:
+            raise FileFormatError(f"the full suite in {str(path)!r} is not of version {FULL_VERSION}; evaluate again")
         return cls(data)
 
     @staticmethod
@@ -208,52 +188,70 @@ def evaluate(
     Marks et al. 2024, arXiv:2403.19647 (faithfulness, completeness).
     """
     spec = as_spec(model)
-    _check_options(ablation, reference, draws, (*unit_fractions, *edge_fractions), (concept, others))
+    check_options(ablation, reference, draws, (*unit_fractions, *edge_fractions), (concept, others))
     edge_fractions = sorted(edge_fractions)
-    statistics = _statistics(spec, circuit, concept, reference, batch_size, progress)
-    circuits = _with_controls(spec, circuit, attributions, concept, draws, seed)
+    circuits = with_controls(spec, circuit, attributions, concept, draws, seed)
     circuits.update({name: [rival] for name, rival in (rivals or {}).items()})
-    edges = _edge_orders(circuit, edge_layers, seed) if edge_fractions else {}
-    conditions = _conditions(spec, circuit, circuits, edges, unit_fractions, edge_fractions, ablation, statistics, seed)
+    statistics = statistics_of(spec, layers_of(circuits), concept, reference, batch_size, progress)
+    edges = edge_orders(circuit, edge_layers, seed) if edge_fractions else {}
+    conditions = conditions_of(
+        spec, circuit, circuits, edges, unit_fractions, edge_fractions, ablation, statistics, seed
+    )
     sets = {"concept": concept} if others is None else {"concept": concept, "others": others}
     class_of = find_labels(spec, sets.values(), labels)
-    outcomes: dict[str, dict[Key, Measures]] = {}
+    outcomes: dict[str, Outcomes] = {}
     described: dict[str, Any] = {}
-    used = set().union(*(_used_to_find(each.provenance) for drawn in circuits.values() for each in drawn))
+    used = set().union(*(used_to_find(each.provenance) for drawn in circuits.values() for each in drawn))
     for name, images in sets.items():
-        outcomes[name], described[name] = _run(spec, images, conditions, class_of, used, batch_size, name, progress)
-    report = _Report(outcomes, seed)
-    first = next(iter(edges.values()), [])
+        outcomes[name], described[name] = run_trials(
+            spec, images, conditions, class_of, used=used, batch_size=batch_size, what=name, progress=progress
+        )
     return Evaluation(
         {
             "schema": SCHEMA,
             "version": VERSION,
-            "ablation": ablation,
-            "measure": report.measure,
-            "labelled": class_of is not None,
             "level": 0.95,
             "seed": seed,
+            "labelled": class_of is not None,
             "images": described,
-            "baseline": report.behaviour([("baseline",)]),
-            "circuits": [
-                {"name": name, "draws": len(drawn), "n_units": drawn[0].n_units, **report.fall(_keys(name, drawn, 1.0))}
-                for name, drawn in circuits.items()
-            ],
-            "faithfulness": report.ratio(faithfulness, ("kept",)),
-            "completeness": report.ratio(completeness, _key("circuit", 0, 1.0)),
-            "unit_curve": _unit_curve(report, circuits, unit_fractions),
-            "edge_curve": _edge_curve(report, edges, edge_fractions, first),
+            **summed_up(Report(outcomes, seed), ablation, circuits, edges, unit_fractions, edge_fractions),
         }
     )
 
 
-def _check_options(
+def summed_up(
+    report: Report,
+    ablation: str,
+    circuits: Mapping[str, Sequence[Circuit]],
+    edges: Mapping[str, Sequence[Edge]],
+    unit_fractions: Sequence[float],
+    edge_fractions: Sequence[float],
+    curved: Mapping[str, Sequence[Circuit]] | None = None,
+) -> dict[str, Any]:
+    """The part of an evaluation's data that depends on the ablation; `curved` are the circuits with a curve."""
+    return {
+        "ablation": ablation,
+        "measure": report.measure,
+        "baseline": report.behaviour([(BASELINE,)]),
+        "circuits": [
+            {"name": name, "draws": len(drawn), "n_units": drawn[0].n_units, **report.fall(keys_of(name, drawn, 1.0))}
+            for name, drawn in circuits.items()
+        ],
+        "faithfulness": report.ratio(faithfulness, ("kept",)),
+        "completeness": report.ratio(completeness, key_of("circuit", 0, 1.0)),
+        "unit_curve": _unit_curve(report, circuits if curved is None else curved, unit_fractions),
+        "edge_curve": _edge_curve(report, edges, edge_fractions),
+    }
+
+
+def check_options(
     ablation: str,
     reference: Statistics | Images | None,
     draws: int,
     fractions: Iterable[float],
     sets: Iterable[Images | None],
 ) -> None:
+    """What can be known to be wrong before any image is read."""
     choose(ABLATIONS, ablation, "ablation")
     if ablation != "zero" and reference is None:
         raise ViscircuitsError(
@@ -271,9 +269,9 @@ def _check_options(
 # ------------------------------------------------------------------ conditions
 
 
-def _statistics(
+def statistics_of(
     spec: ModelSpec,
-    circuit: Circuit,
+    layers: Sequence[str],
     images: Images,
     reference: Statistics | Images | None,
     batch_size: int,
@@ -283,14 +281,14 @@ def _statistics(
     if isinstance(reference, Statistics):
         return reference
     if reference is not None:
-        return measure(spec, reference, circuit.layers, batch_size=batch_size, progress=progress)
+        return measure(spec, reference, layers, batch_size=batch_size, progress=progress)
     first = next(iter(batches(images, spec.transform, 1)), None)
     if first is None:
         raise ImageError("the concept set is empty: no image could be read")
-    return Statistics({layer.address: layer for layer in describe_layers(spec, first.images, circuit.layers)})
+    return Statistics({layer.address: layer for layer in describe_layers(spec, first.images, layers)})
 
 
-def _with_controls(
+def with_controls(
     spec: ModelSpec, circuit: Circuit, attributions: Attributions | None, images: Images, draws: int, seed: int
 ) -> dict[str, list[Circuit]]:
     """The circuit and each control of the same size per layer, by name; random has several draws."""
@@ -308,7 +306,12 @@ def _with_controls(
     return circuits
 
 
-def _edge_orders(circuit: Circuit, layers: tuple[str, str] | None, seed: int) -> dict[str, list[Edge]]:
+def layers_of(circuits: Mapping[str, Sequence[Circuit]]) -> list[str]:
+    """The layers of all circuits together."""
+    return list(dict.fromkeys(layer for drawn in circuits.values() for each in drawn for layer in each.layers))
+
+
+def edge_orders(circuit: Circuit, layers: tuple[str, str] | None, seed: int) -> dict[str, list[Edge]]:
     """The edges between two layers of the circuit, in the orders in which they are pruned."""
     pair = layers or circuit.layers[:2]
     edges = list(circuit.edges_between(*pair)) if len(pair) == 2 else []
@@ -322,7 +325,17 @@ def _edge_orders(circuit: Circuit, layers: tuple[str, str] | None, seed: int) ->
     return {"by score": edges, "random order": [edges[i] for i in order]}
 
 
-def _conditions(
+def remover(spec: ModelSpec, ablation: str, statistics: Statistics, seed: int) -> Callable[..., Opener]:
+    """A function that turns a circuit into the condition in which it, or with `keep` all but it, is removed."""
+
+    def removing(which: Circuit, keep: bool = False) -> Opener:
+        generator = torch.Generator().manual_seed(seed)
+        return lambda: ablate(spec, which, ablation, reference=statistics, keep=keep, generator=generator)
+
+    return removing
+
+
+def conditions_of(
     spec: ModelSpec,
     circuit: Circuit,
     circuits: Mapping[str, Sequence[Circuit]],
@@ -333,23 +346,22 @@ def _conditions(
     statistics: Statistics,
     seed: int,
 ) -> dict[Key, Opener]:
-    def removing(which: Circuit, keep: bool = False) -> Opener:
-        generator = torch.Generator().manual_seed(seed)
-        return lambda: ablate(spec, which, ablation, reference=statistics, keep=keep, generator=generator)
+    """Everything that is done to the network under one ablation: key → context."""
+    removing = remover(spec, ablation, statistics, seed)
 
     def pruning(which: Sequence[Edge]) -> Opener:
         generator = torch.Generator().manual_seed(seed)
         return lambda: prune_edges(spec, which, ablation, reference=statistics, generator=generator)
 
     conditions: dict[Key, Opener] = {
-        ("baseline",): nullcontext,
+        (BASELINE,): nullcontext,
         ("kept",): removing(circuit, keep=True),
         ("empty",): removing(circuit | circuit.complement()),
     }
     for name, drawn in circuits.items():
         for draw, each in enumerate(drawn):
             for fraction in sorted({*unit_fractions, 1.0}):
-                conditions[_key(name, draw, fraction)] = removing(_best_part(each, fraction))
+                conditions[key_of(name, draw, fraction)] = removing(_best_part(each, fraction))
     for name, ordered in edges.items():
         for fraction in edge_fractions:
             conditions["edges", name, str(fraction)] = pruning(ordered[: _share(fraction, len(ordered))])
@@ -364,168 +376,29 @@ def _share(fraction: float, n: int) -> int:
     return math.ceil(fraction * n - 1e-9)  # the slack keeps 0.07 · 100 = 7.000000000000001 at 7
 
 
-def _key(name: str, draw: int, fraction: float) -> Key:
+def key_of(name: str, draw: int, fraction: float) -> Key:
+    """Key of the condition in which the best part of a circuit's draw is removed."""
     return ("units", name, str(draw), str(float(fraction)))
 
 
-def _keys(name: str, drawn: Sequence[Circuit], fraction: float) -> list[Key]:
-    return [_key(name, draw, fraction) for draw in range(len(drawn))]
-
-
-# ------------------------------------------------------------------ labels
-
-
-def find_labels(spec: ModelSpec, sets: Iterable[Images], labels: LabelSource | None) -> ClassOf | None:
-    """How to know the classes of a batch, or None where nothing says them.
-
-    Raises
-    ------
-    ViscircuitsError
-        If a label fits no class or several, or only some pictures have one.
-    """
-    if labels is None or spec.outputs == "embedding":
-        return None
-    table = None if labels == "auto" else labels
-    pictures = [pair for images in sets for pair in _named(spec, images)]
-    if not pictures and table is not None:
-        raise ViscircuitsError(
-            "labels were given, but tensors have no names to look up; give images that open_images opens"
-        )
-    if not pictures:
-        return None
-    names, given = zip(*pictures, strict=True)
-    found = match_labels(names, given, spec.classes, table=table, partly=table is None)
-    if found.unmatched:  # where only some are known nothing can be compared
-        if found.n_matched:
-            warnings.warn(
-                f"{len(found.unmatched)} of {len(names)} pictures name no class of the network, {found.unmatched[0]!r} "
-                "among them: the network's own answers are the standard instead. Give labels for all (--labels FILE).",
-                stacklevel=3,
-            )
-        return None
-    known = dict(zip(pictures, found.indices, strict=True))
-
-    def class_of(batch: Batch) -> Tensor:
-        pairs = list(zip(batch.names, batch.labels, strict=True))
-        new = [pair for pair in pairs if pair not in known]  # further on in a stream
-        if new:
-            matched = match_labels([n for n, _ in new], [g for _, g in new], spec.classes, table=table, partly=True)
-            known.update(zip(new, matched.indices, strict=True))
-        unlabelled = [name for name, label in pairs if known[name, label] is None]
-        if unlabelled:
-            raise ViscircuitsError(
-                f"picture {unlabelled[0]!r} has no class of the model, though others have; "
-                "label all of them (--labels FILE) or none (--labels none)"
-            )
-        return torch.tensor([known[pair] for pair in pairs])
-
-    return class_of
-
-
-def _named(spec: ModelSpec, images: Images) -> list[tuple[str, str | None]]:
-    """Names and labels of the pictures of a set; of a stream, those of its beginning."""
-    if not isinstance(images, ImageSet):
-        return []
-    if not callable(images.entries):
-        return [(entry.name, entry.label) for entry in images.entries]
-    first = next(iter(batches(images, spec.transform, 16)), None)
-    return [] if first is None else list(zip(first.names, first.labels, strict=True))
-
-
-# ------------------------------------------------------------------ running
-
-
-def _run(
-    spec: ModelSpec,
-    images: Images,
-    conditions: Mapping[Key, Opener],
-    class_of: ClassOf | None,
-    used: Collection[str],
-    batch_size: int,
-    what: str,
-    progress: bool,
-) -> tuple[dict[Key, Measures], dict[str, Any]]:
-    collected: dict[Key, dict[str, list[Tensor]]] = {key: {} for key in conditions}
-    seen = Seen()
-    n_used = 0
-    count = len(images) if isinstance(images, Tensor) else images.count if isinstance(images, ImageSet) else None
-    total = None if count is None else count * len(conditions)
-    bar = tqdm(total=total, desc=f"evaluation, {what}", unit="run", unit_scale=True, delay=2, disable=not progress)
-    with bar, evaluating(spec.model), torch.no_grad():
-        for batch in batches(images, spec.transform, batch_size):
-            batch, n_dropped = _unseen(batch, used)
-            n_used += n_dropped
-            bar.update(n_dropped * len(conditions))
-            if not len(batch):
-                continue
-            known = None if class_of is None else class_of(batch)
-            full = forward(spec.model, batch.images).float().cpu()
-            if known is not None and int(known.max()) >= full.shape[1]:
-                raise ViscircuitsError(
-                    f"label {int(known.max())} is none of the network's {full.shape[1]} outputs, from 0"
-                )
-            for key, opener in conditions.items():
-                with opener():
-                    outputs = full if key == ("baseline",) else forward(spec.model, batch.images).float().cpu()
-                for measure_, values in _measured(spec, full, outputs, known).items():
-                    collected[key].setdefault(measure_, []).append(values.double())
-                bar.update(len(batch.images))
-            seen.add(batch)
-    if not seen.names and n_used:
-        raise ImageError(f"all {n_used} images of the {what} set were used to find the circuit; test on others")
-    if not seen.names:
-        raise ImageError(f"the {what} set is empty: no image could be read")
-    outcome = {key: {m: torch.cat(parts) for m, parts in measures.items()} for key, measures in collected.items()}
-    return outcome, {**seen.describe(images), "left_out": n_used}
-
-
-def _used_to_find(provenance: Any) -> set[str]:
-    """Digests of every image, of the concept or the reference, that a circuit was found with: they cannot test it."""
-    if isinstance(provenance, Mapping):
-        own = set(provenance.get("digests", ()))
-        return own.union(*(_used_to_find(each) for key, each in provenance.items() if key != "digests"))
-    if isinstance(provenance, list | tuple):
-        return set().union(*(_used_to_find(each) for each in provenance if isinstance(each, Mapping)))
-    return set()
-
-
-def _unseen(batch: Batch, used: Collection[str]) -> tuple[Batch, int]:
-    keep = [i for i, digest in enumerate(batch.digests) if digest[:N_DIGEST] not in used]
-    if len(keep) == len(batch):
-        return batch, 0
-    kept = Batch(
-        batch.images[keep],
-        tuple(batch.names[i] for i in keep),
-        tuple(batch.labels[i] for i in keep),
-        tuple(batch.digests[i] for i in keep),
-    )
-    return kept, len(batch) - len(keep)
-
-
-def _measured(spec: ModelSpec, full: Tensor, outputs: Tensor, known: Tensor | None) -> Measures:
-    """One number for each image and measure; the first measure is the one selectivity is about."""
-    if spec.outputs == "embedding":
-        return {"cosine": 1 - cosine_distance(full, outputs)}
-    classes = full.argmax(1) if known is None else known
-    return {
-        "agreement" if known is None else "accuracy": correct(outputs, classes),
-        "logit": outputs.gather(1, classes[:, None]).squeeze(1),
-        "kl": kl_divergence(full, outputs),
-    }
+def keys_of(name: str, drawn: Sequence[Circuit], fraction: float) -> list[Key]:
+    """`key_of` every draw."""
+    return [key_of(name, draw, fraction) for draw in range(len(drawn))]
 
 
 # ------------------------------------------------------------------ reporting
 
 
-class _Report:
+class Report:
     """Turns outcomes into means with intervals over images and, where there are several, over draws."""
 
     def __init__(self, outcomes: Mapping[str, Mapping[Key, Measures]], seed: int) -> None:
         self.outcomes = outcomes
         self.seed = seed
-        self.measure = next(iter(outcomes["concept"]["baseline",]))
+        self.measure = next(iter(outcomes["concept"][BASELINE,]))
 
     def of(self, images: str, keys: Iterable[Key], measure_: str) -> Tensor:
+        """One number for each image and draw."""
         return torch.stack([self.outcomes[images][key][measure_] for key in keys], dim=1)  # (image, draw)
 
     def behaviour(self, keys: Sequence[Key]) -> dict[str, Any]:
@@ -545,18 +418,19 @@ class _Report:
         return {**self.behaviour(keys), "selectivity": self.selectivity(keys)}
 
     def selectivity(self, keys: Sequence[Key]) -> dict[str, float] | None:
+        """How much more the concept falls than the others; None without others."""
         if "others" not in self.outcomes:
             return None
         falls = [
-            self.of(images, [("baseline",)], self.measure) - self.of(images, keys, self.measure)
+            self.of(images, [(BASELINE,)], self.measure) - self.of(images, keys, self.measure)
             for images in ("concept", "others")
         ]
         return self._interval(_redrawn, *falls, vectorised=True)
 
     def ratio(self, statistic: Callable[..., float], key: Key) -> dict[str, float] | None:
         """Faithfulness or completeness; None where ablating everything changes nothing."""
-        measure_ = "logit" if "logit" in self.outcomes["concept"]["baseline",] else self.measure
-        samples = [self.outcomes["concept"][each][measure_] for each in (("baseline",), key, ("empty",))]
+        measure_ = "logit" if "logit" in self.outcomes["concept"][BASELINE,] else self.measure
+        samples = [self.outcomes["concept"][each][measure_] for each in ((BASELINE,), key, ("empty",))]
         if abs(float(samples[0].mean() - samples[2].mean())) < 1e-9:
             return None
         whole = statistic(*samples)
@@ -588,22 +462,23 @@ def _redrawn(values: Tensor, others: Tensor | None = None) -> Tensor:
 
 
 def _unit_curve(
-    report: _Report, circuits: Mapping[str, Sequence[Circuit]], fractions: Sequence[float]
+    report: Report, circuits: Mapping[str, Sequence[Circuit]], fractions: Sequence[float]
 ) -> dict[str, Any]:
     x = [0.0, *sorted(float(f) for f in {*fractions, 1.0})]
     circuit = circuits["circuit"][0]
     return {
         "x": x,
         "n_units": [0, *(_best_part(circuit, fraction).n_units for fraction in x[1:])],
-        "series": [_series(report, name, [_keys(name, drawn, f) for f in x[1:]]) for name, drawn in circuits.items()],
+        "series": [_series(report, name, [keys_of(name, drawn, f) for f in x[1:]]) for name, drawn in circuits.items()],
     }
 
 
 def _edge_curve(
-    report: _Report, edges: Mapping[str, Sequence[Edge]], fractions: Sequence[float], ordered: Sequence[Edge]
+    report: Report, edges: Mapping[str, Sequence[Edge]], fractions: Sequence[float]
 ) -> dict[str, Any] | None:
     if not edges:
         return None
+    ordered = next(iter(edges.values()))
     return {
         "source": ordered[0].source.layer,
         "target": ordered[0].target.layer,
@@ -613,25 +488,11 @@ def _edge_curve(
     }
 
 
-def _series(report: _Report, name: str, points: Sequence[Sequence[Key]]) -> dict[str, Any]:
-    falls = [report.fall(keys) for keys in ([("baseline",)], *points)]
+def _series(report: Report, name: str, points: Sequence[Sequence[Key]]) -> dict[str, Any]:
+    falls = [report.fall(keys) for keys in ([(BASELINE,)], *points)]
     series: dict[str, Any] = {"name": name}
     for images in report.outcomes:
         series[images] = [fall[images][report.measure] for fall in falls]
     if "others" in report.outcomes:
         series["selectivity"] = [fall["selectivity"] for fall in falls]
     return series
-
-
-def _shown(entry: Mapping[str, Any], images: str, measure_: str) -> str:
-    return _show(entry.get(images, {}).get(measure_))
-
-
-def _show(interval: Mapping[str, float] | None) -> str:
-    return (
-        "–" if not interval else f"{_plain(interval['value'])} [{_plain(interval['low'])}, {_plain(interval['high'])}]"
-    )
-
-
-def _plain(number: float) -> str:
-    return f"{round(number, 2) + 0.0:.2f}"  # no minus before a zero

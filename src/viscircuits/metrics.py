@@ -2,20 +2,24 @@
 
 1. *Behaviour*: `accuracy`, `kl_divergence`, `cosine_distance` set the network's outputs before
    and after an intervention beside each other.
-2. *Explanation*: `faithfulness`, `completeness`, `selectivity` sum up what a circuit does, and
-   `area_between`, `cpr`, `cmd` sum up a curve of such numbers.
-3. *Agreement*: `jaccard` and `overlap` compare circuits, always beside what chance would give.
-4. *Certainty*: `bootstrap` puts an interval around any of them by resampling images.
+2. *Explanation*: `faithfulness`, `completeness`, `minimality`, `selectivity` sum up what a circuit does,
+   `transfer` what is left of it on other images, and `area_between`, `selectivity_area`, `cpr`, `cmd` a
+   curve of such numbers.
+3. *Agreement*: `pearson` and `spearman` compare two scores of the same units, `auroc` and
+   `precision_recall` a score with a known circuit; `jaccard`, `overlap` and `overlap_together` compare
+   circuits, always beside what chance would give.
+4. *Certainty*: `bootstrap` puts an interval around any of them by resampling images; `stability` says how
+   often each unit is chosen when images are drawn again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from viscircuits.circuit import Circuit
@@ -149,6 +153,35 @@ def completeness(
     return faithfulness(full, without, empty)
 
 
+def minimality(full: Float[Tensor, " image"], without: Float[Tensor, "unit image"]) -> float:
+    """Least change that removing a single unit of the circuit makes: 0 if some unit could as well be left out.
+
+    ``min over units of │mean(full) − mean(without the unit)│``, in the task metric's own unit. The
+    change counts whatever its sign: a suppressor is no idle unit.
+
+    Parameters
+    ----------
+    full
+        The task metric with nothing removed.
+    without
+        The task metric with each unit of the circuit removed alone.
+
+    Raises
+    ------
+    ViscircuitsError
+        If the circuit has no unit or there is no image.
+
+    References
+    ----------
+    Wang et al. 2022, arXiv:2211.00593 (minimality of the IOI circuit, there with the best set removed besides).
+    """
+    if len(without) == 0:
+        raise ViscircuitsError("minimality is the least over a circuit's units, and the circuit has none")
+    if without.shape[1] == 0:
+        raise ViscircuitsError("minimality needs at least one image, got none")
+    return (full.double().mean() - without.double().mean(1)).abs().min().item()
+
+
 def selectivity(
     concept_before: Float[Tensor, " concept"],
     concept_after: Float[Tensor, " concept"],
@@ -167,6 +200,50 @@ def selectivity(
     fall = _mean("selectivity", concept_before) - _mean("selectivity", concept_after)
     fall_of_others = _mean("selectivity", others_before) - _mean("selectivity", others_after)
     return fall - fall_of_others
+
+
+Samples = tuple[Float[Tensor, " concept"], Float[Tensor, " concept"], Float[Tensor, " other"], Float[Tensor, " other"]]
+
+
+def transfer(here: Samples, there: Samples) -> float:
+    """Selectivity on other images less selectivity here: 0 carries over whole, below 0 something is lost.
+
+    Parameters
+    ----------
+    here, there
+        The four samples of `selectivity`, on either pair of image sets.
+    """
+    return selectivity(*there) - selectivity(*here)
+
+
+def selectivity_area(
+    x: Float[Tensor, " point"], concept: Float[Tensor, "point image"], others: Float[Tensor, "point other"]
+) -> float:
+    """Area between the concept's and the others' curves over the fraction pruned, each less its own start.
+
+    ``∫ selectivity(x) dx`` by the trapezoid rule: over x from 0 to 1 the mean selectivity on the way, at most 1
+    for a behaviour between 0 and 1.
+
+    Parameters
+    ----------
+    x
+        Fractions pruned, rising; the first one is the untouched network.
+    concept, others
+        The behaviour at each fraction, one number for each image.
+
+    Raises
+    ------
+    ViscircuitsError
+        As `area_between`, and if there is no image.
+
+    References
+    ----------
+    Rajaram et al. 2023, arXiv:2404.14349 (the curves; the area is ours).
+    """
+    if 0 in (concept.shape[1], others.shape[1]):
+        raise ViscircuitsError("the area between the curves needs at least one image of either kind")
+    falls = [curve.double().mean(1) for curve in (concept, others)]
+    return area_between(x, falls[0][0] - falls[0], falls[1][0] - falls[1])
 
 
 def area_between(x: Float[Tensor, " point"], a: Float[Tensor, " point"], b: Float[Tensor, " point"]) -> float:
@@ -234,6 +311,114 @@ def _mean(name: str, values: Tensor) -> float:
 # --------------------------------------------------------------------- agreement
 
 
+def ranks(values: Float[Tensor, " unit"]) -> Float[Tensor, " unit"]:
+    """Place of each value among all, from 1 for the least; equal values share the mean of their places."""
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0)
+    return (last - (counts - 1) / 2)[inverse].double()
+
+
+def pearson(a: Float[Tensor, " unit"], b: Float[Tensor, " unit"]) -> float:
+    """Linear correlation of two scores of the same units: 1 where one is a rising line of the other.
+
+    Raises
+    ------
+    ViscircuitsError
+        If there are fewer than two units, either score is the same for all, or one is not finite.
+    """
+    _check_scores("a correlation", a, b)
+    centred = [score.double() - score.double().mean() for score in (a, b)]
+    norms = [torch.linalg.vector_norm(each) for each in centred]
+    return float((centred[0] @ centred[1] / (norms[0] * norms[1])).clamp(-1, 1))
+
+
+def spearman(a: Float[Tensor, " unit"], b: Float[Tensor, " unit"]) -> float:
+    """Correlation of two scores' ranks: 1 where they put the units in the same order.
+
+    Equal scores share their mean rank. With `pearson` the agreement of an approximate score with exact
+    ablation.
+
+    Raises
+    ------
+    ViscircuitsError
+        As `pearson`.
+
+    References
+    ----------
+    Spearman 1904, doi:10.2307/1412159; RelP 2025, arXiv:2508.21258 (as a measure of attribution).
+    """
+    _check_scores("a correlation", a, b)
+    return pearson(ranks(a), ranks(b))
+
+
+def auroc(scores: Float[Tensor, " unit"], truth: Bool[Tensor, " unit"]) -> float:
+    """Probability that a unit of the true circuit scores above one that is not in it; ties count half.
+
+    The area under the ROC curve, which is the Mann–Whitney statistic over the number of pairs: 1 for a
+    perfect score, ½ for one that knows nothing.
+
+    Raises
+    ------
+    ViscircuitsError
+        If the true circuit holds no unit or all of them, or a score is not a number.
+
+    References
+    ----------
+    Mann, Whitney 1947, doi:10.1214/aoms/1177730491; Conmy et al. 2023, arXiv:2304.14997 (for circuits).
+    """
+    n_true, n = int(truth.sum()), len(truth)
+    if not 0 < n_true < n:
+        raise ViscircuitsError(f"AUROC compares units in the true circuit with others, got {n_true} in it of {n}")
+    _check_numbers(scores)
+    above = ranks(scores)[truth].sum().item() - n_true * (n_true + 1) / 2  # pairs in the right order
+    return above / (n_true * (n - n_true))
+
+
+def precision_recall(
+    scores: Float[Tensor, " unit"], truth: Bool[Tensor, " unit"], size: int | None = None
+) -> tuple[float, float]:
+    """Share of the chosen units that are in the true circuit, and share of the true circuit that is chosen.
+
+    Parameters
+    ----------
+    scores
+        One for each unit; the highest are chosen, among equals those of lowest index.
+    truth
+        Whether each unit is in the true circuit.
+    size
+        How many are chosen; by default as many as the true circuit has: then both shares are the same.
+
+    Raises
+    ------
+    ViscircuitsError
+        If the true circuit is empty, `size` does not fit, or a score is not a number.
+    """
+    n_true = int(truth.sum())
+    size = n_true if size is None else size
+    if not n_true:
+        raise ViscircuitsError("the true circuit has no units: there is nothing to recall")
+    if not 1 <= size <= len(truth):
+        raise ViscircuitsError(f"cannot choose {size} of {len(truth)} units")
+    _check_numbers(scores)
+    chosen = torch.sort(scores, descending=True, stable=True).indices[:size]
+    hits = int(truth[chosen].sum())
+    return hits / size, hits / n_true
+
+
+def _check_scores(what: str, a: Tensor, b: Tensor) -> None:
+    if len(a) < 2:
+        raise ViscircuitsError(f"{what} needs two units or more, got {len(a)}")
+    for scores in (a, b):
+        _check_numbers(scores)
+        if bool((scores == scores[0]).all()):
+            raise ViscircuitsError(f"{what} has no meaning here: all {len(a)} scores are {float(scores[0]):g}")
+
+
+def _check_numbers(scores: Tensor) -> None:
+    if not bool(scores.isfinite().all()):
+        raise ViscircuitsError(f"{int((~scores.isfinite()).sum())} of {len(scores)} scores are not finite")
+
+
 def jaccard(a: Collection[int], b: Collection[int]) -> float:
     """Share of the units in either set that are in both: 1 equal, 0 disjoint; two empty sets are equal.
 
@@ -279,6 +464,45 @@ def overlap(a: Circuit, b: Circuit) -> list[LayerOverlap]:
     return [_layer_overlap(layer, a, b) for layer in common]
 
 
+def overlap_together(layers: Sequence[LayerOverlap]) -> LayerOverlap:
+    """The agreement of all layers as one, by units pooled; chance draws at random in each layer on its own.
+
+    The number shared by chance is a sum of hypergeometric numbers, one a layer; its distribution is taken exactly.
+
+    Raises
+    ------
+    ViscircuitsError
+        If there are no layers.
+    """
+    if not layers:
+        raise ViscircuitsError("there is no layer to pool")
+    by_chance = torch.ones(1, dtype=torch.float64)  # P(shared = i)
+    for each in layers:
+        of_layer = torch.zeros(min(each.size_a, each.size_b) + 1, dtype=torch.float64)
+        for shared, p in _shared_distribution(each.n_units, each.size_a, each.size_b):
+            of_layer[shared] = p
+        by_chance = _convolved(by_chance, of_layer)
+    size_a, size_b, shared = (sum(getattr(each, name) for each in layers) for name in ("size_a", "size_b", "shared"))
+    either = size_a + size_b - torch.arange(len(by_chance), dtype=torch.float64)
+    jaccards = torch.where(either > 0, torch.arange(len(by_chance)) / either.clamp(min=1), 1.0)
+    return LayerOverlap(
+        layer="all layers",
+        n_units=sum(each.n_units for each in layers),
+        size_a=size_a,
+        size_b=size_b,
+        shared=shared,
+        jaccard=float(jaccards[shared]),
+        chance=float(by_chance @ jaccards),
+        p_value=min(1.0, float(by_chance[shared:].sum())),
+    )
+
+
+def _convolved(a: Tensor, b: Tensor) -> Tensor:
+    """Distribution of the sum of two independent counts."""
+    padded = torch.nn.functional.conv1d(a[None, None], b.flip(0)[None, None], padding=len(b) - 1)
+    return padded[0, 0]
+
+
 def _layer_overlap(layer: str, a: Circuit, b: Circuit) -> LayerOverlap:
     n = a.widths[layer]
     if n != b.widths[layer]:
@@ -316,6 +540,33 @@ def _log_choose(n: int, k: int) -> float:
 
 
 # --------------------------------------------------------------------- certainty
+
+
+def stability(drawn: Sequence[Circuit]) -> dict[str, Float[Tensor, " _unit"]]:
+    """For every unit of each layer, the share of circuits that choose it: 1 in all of them, 0 in none.
+
+    Parameters
+    ----------
+    drawn
+        Circuits of the same layers, each chosen from another bootstrap draw of the images.
+
+    Raises
+    ------
+    ViscircuitsError
+        If there are none, or their layers differ.
+
+    References
+    ----------
+    Efron 1979, doi:10.1214/aos/1176344552; Certified Circuits 2026, arXiv:2602.22968 (asks it of circuits).
+    """
+    shapes = {tuple((layer, each.widths[layer]) for layer in each.layers) for each in drawn}
+    if len(shapes) != 1:
+        raise ViscircuitsError(f"stability compares circuits of the same layers, got {len(shapes)} sorts of circuit")
+    counts = {layer: torch.zeros(width) for layer, width in shapes.pop()}
+    for circuit in drawn:
+        for layer, chosen in circuit.units.items():
+            counts[layer][list(chosen)] += 1
+    return {layer: count / len(drawn) for layer, count in counts.items()}
 
 
 def share_interval(outcomes: Float[Tensor, " image"], level: float = 0.95) -> Interval:

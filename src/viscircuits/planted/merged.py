@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ def merged(
     fresh
         Train the parts anew instead of loading them: about a minute each.
     """
-    question = concept or parts[seed % len(parts)]
+    question = concept or in_turn(parts, seed, N_VARIANTS)
     if question not in parts:
         raise ViscircuitsError(f"the concept's part {question!r} is none of {', '.join(parts)}")
     made = [(train_part if fresh else load_part)(each, seed % N_VARIANTS) for each in parts]
@@ -187,6 +188,22 @@ def merged(
         note=f"networks for {' and '.join(parts)} in one, seen by all; the concept is an answer of {question}",
         options={"seed": seed, "parts": list(parts), "concept": question, "cross_talk": cross_talk, "fresh": fresh},
     )
+
+
+def in_turn(parts: Sequence[str], seed: int, n_variants: int) -> str:
+    """The part whose turn it is: over the seeds, each is the circuit in each of its variants.
+
+    Parameters
+    ----------
+    parts
+        Their questions.
+    seed
+        Also decides the variant, ``seed % n_variants``.
+    n_variants
+        Of the weights.
+    """
+    rounds = seed // math.lcm(len(parts), n_variants)
+    return parts[(seed + rounds) % len(parts)]
 
 
 def named(layers: Sequence[str], origins: Sequence[Origins], parts: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -295,7 +312,9 @@ def joined(
         rows, columns = (target.part == p).nonzero().flatten(), (source.part == p).nonzero().flatten()
         within[rows[:, None], columns] = weight[target.index[rows]][:, source.index[columns]]
         between[rows[:, None], columns] = 0
-    return within + between * (cross_talk * within.norm() / between.norm())
+    if cross_talk and len(weights) > 1:
+        within += between * (cross_talk * within.norm() / between.norm())
+    return within
 
 
 def gathered(values: Sequence[Tensor], origins: Origins) -> Float[Tensor, "unit *axes"]:

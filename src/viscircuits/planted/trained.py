@@ -66,7 +66,7 @@ N_VARIANTS = 2
 # weights of what must not move and of the probes, against answering right; epochs; largest learning rate
 COURSE = ((0.0, 1.0, 8, 1e-2), (0.03, 0.3, 8, 1e-2), (3.0, 0.0, 10, 5e-3))
 IDLE = (0.03, 0.01)  # shares of the behaviour under which a unit, and an edge, is dropped
-TOLERANCE, LEAST = 0.1, 1e-3
+TOLERANCE, LEAST = 0.15, 5e-4  # shares of the behaviour: of all outside the circuit, and of each part of it
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,14 @@ from viscircuits.errors import ViscircuitsError
 from viscircuits.planted import Planted
 from viscircuits.planted.checks import check
 from viscircuits.planted.composed import QUESTIONS, SIZE, letters_on_gratings
-from viscircuits.planted.learning import fit, weighted
+from viscircuits.planted.learning import accuracy, fit, weighted
 from viscircuits.planted.merged import (
     N_ANSWERS,
     WEIGHTS,
     Origins,
     gathered,
     in_order,
+    in_turn,
     joined,
     named,
     question_images,
@@ -38,10 +39,11 @@ from viscircuits.planted.merged import (
 )
 from viscircuits.scores.formulas import choose
 
-WIDTH, HEADS, HIDDEN, BLOCKS, PATCH = 16, 2, 6, 3, 4  # of one part
+WIDTH, HEADS, HIDDEN, BLOCKS, PATCH = 16, 2, 8, 3, 4  # of one part
 N_VARIANTS = 2
 CROSS_TALK_TOLERANCE = 2.0  # share of the behaviour, for each unit of cross-talk
-LEAST = 2e-5
+IDLE = (1e-3, 5e-6)  # shares of the behaviour under which a unit, and an edge, keeps a part in training
+ENOUGH = 0.96  # of the answers right
 
 
 class PartNorm(nn.Module):
@@ -125,7 +127,7 @@ LAYERS = tuple(f"blocks.{i}.gelu" for i in range(BLOCKS))
 
 
 def train_part(
-    question: str, variant: int = 0, *, n_images: int = 3000, epochs: int = 16, rounds: int = 40
+    question: str, variant: int = 0, *, n_images: int = 3000, epochs: int = 16, rounds: int = 20
 ) -> Transformer:
     """Train one part: learn the question, and learn on until every unit and edge has a share in the concept.
 
@@ -136,9 +138,9 @@ def train_part(
     variant
         Of the weights, the pictures, and the answer that is the concept.
     n_images, epochs
-        Pictures to learn from, and how often each is seen at first.
+        Pictures to learn from, and how often each is seen before others judge whether that was enough.
     rounds
-        How often, at the most, all are seen once more.
+        How often, at the most, it starts over from where it stands; and then how often all are seen once more.
 
     Raises
     ------
@@ -156,10 +158,15 @@ def train_part(
             network(pictures.images[batch]), pictures.answers[question][batch], label_smoothing=0.05
         )
 
-    fit(network, n_images, loss, epochs=epochs, rate=5e-3, generator=generator)
+    exam = letters_on_gratings(400, [seed, 4])
+    for _ in range(rounds):
+        fit(network, n_images, loss, epochs=epochs, rate=5e-3, generator=generator)
+        if accuracy(network, exam, question) >= ENOUGH:
+            break
     for _ in range(rounds):
         alone = _planted([network.eval()], [question], question, variant, seed, cross_talk=0.0, n_images=64)
-        if not check(alone).problems:
+        found = check(alone)
+        if found.weakest_unit > IDLE[0] and found.weakest_edge > IDLE[1]:
             return network
         fit(network, n_images, loss, epochs=1, rate=1e-3, generator=generator)
     raise ViscircuitsError(f"{question!r} {variant} still has idle units after {rounds} rounds; allow more")
@@ -209,7 +216,7 @@ def merged_transformers(
     fresh
         Train the parts anew instead of loading them: a few minutes each.
     """
-    question = concept or parts[seed % len(parts)]
+    question = concept or in_turn(parts, seed, N_VARIANTS)
     if question not in parts:
         raise ViscircuitsError(f"the concept's part {question!r} is none of {', '.join(parts)}")
     variant = seed % N_VARIANTS
@@ -239,7 +246,7 @@ def _planted(
         units=units,
         edges={(source, target): units[target][:, None] & units[source] for source, target in pairwise(LAYERS)},
         tolerance=1e-5 if not cross_talk else CROSS_TALK_TOLERANCE * cross_talk,
-        least=LEAST if not cross_talk else 0.0,
+        least=0.0,
         names=named(LAYERS, origins, parts),
         note=f"transformers for {' and '.join(parts)} in one, seen by all; the concept is an answer of {question}",
         options={"seed": seed, "parts": list(parts), "concept": question, "cross_talk": cross_talk},

@@ -1,0 +1,429 @@
+"""The fidelity benchmark's arithmetic is what a reader would do by hand, and its quick run says what was planted."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from viscircuits.ablation import ablate
+from viscircuits.errors import ViscircuitsError
+from viscircuits.hooks import forward
+from viscircuits.methods import METHODS, find
+from viscircuits.methods.exact import exact_effects
+from viscircuits.task import Task, make_task
+
+pytest.importorskip("matplotlib", reason="the benchmark draws with matplotlib")
+
+
+@pytest.fixture
+def fidelity(root, monkeypatch):
+    """A module of `benchmarks/fidelity/` by its name."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(f"fidelity.{name}")
+
+    yield load
+    for name in [name for name in sys.modules if name.partition(".")[0] == "fidelity"]:
+        sys.modules.pop(name)
+
+
+# ------------------------------------------------------------------ marks and intervals
+
+
+def test_first_is_marked_and_who_reaches_its_interval(fidelity):
+    """The first's mean is .9, its interval that of drawing .8 and 1 again: from .8 to 1."""
+    found = fidelity("summary").standings(
+        {
+            "a": {"x": 0.8, "y": 1.0},
+            "near": {"x": 0.81, "y": 0.81},
+            "far": {"x": 0.79, "y": 0.79},
+        }
+    )
+    assert found["a"] == {"value": 0.9, "low": 0.8, "high": 1.0, "n": 2, "mark": "first"}
+    assert [found[name]["mark"] for name in ("near", "far")] == ["within", ""]
+
+
+def test_equal_means_are_both_first(fidelity):
+    found = fidelity("summary").standings({"a": {"x": 1.0, "y": 0.5}, "b": {"x": 0.5, "y": 1.0}})
+    assert [each["mark"] for each in found.values()] == ["first", "first"]
+
+
+def test_who_misses_a_network_is_not_marked(fidelity):
+    found = fidelity("summary").standings({"partly": {"x": 1.0}, "whole": {"x": 0.9, "y": 0.5}})
+    assert [found[name]["mark"] for name in ("partly", "whole")] == ["", "first"]
+
+
+def test_families_keep_their_networks_apart(fidelity):
+    cells = [
+        {"family": family, "network": "n", "size": "small", "seed": seed, "method": "a", "units": units}
+        for family, seed, units in (("wired", 0, {"auroc": 1.0}), ("wired", 1, {"auroc": 0.5}), ("merged", 0, None))
+    ]
+    summary = fidelity("summary")
+    found = summary.by_family(cells, lambda cell: summary.of(cell, "units", "auroc"))
+    assert {family: each["a"]["value"] for family, each in found.items()} == {"wired": 0.75}
+
+
+def fold(number: int, concept: tuple[str, str], others: tuple[str, str], method: str = "a") -> dict:
+    """A cell in which digits before become digits after, under both ablations alike."""
+    after = {"0.05": {"concept": concept[1], "others": others[1]}}
+    return {
+        "fold": number,
+        "method": method,
+        "full": {"concept": concept[0], "others": others[0]},
+        "after": {"mean": after, "zero": after},
+    }
+
+
+def test_folds_are_pooled_photograph_by_photograph(fidelity):
+    """Three of four of the concept fall, one comes back; of four others one falls."""
+    summary = fidelity("summary")
+    cells = [fold(1, ("10", "01"), ("11", "11")), fold(0, ("11", "00"), ("11", "10"))]
+    found = summary.of_concept(cells, "a")
+    assert found["accuracy"] == {"concept": 0.75, "others": 1.0}
+    assert found["n"] == {"concept": 4, "others": 4}
+    assert found["after"]["mean"]["0.05"]["a"]["value"] == (3 - 1) / 4 - 1 / 4
+    assert found["after"]["zero"]["0.05"]["a"]["accuracy"] == {"concept": 0.25, "others": 0.75}
+
+
+def test_method_without_all_folds_is_left_out(fidelity):
+    fell = ("1", "0"), ("1", "1")
+    cells = [fold(0, *fell), fold(1, *fell), fold(0, *fell, "partly")]
+    assert set(fidelity("summary").of_concept(cells, "a")["after"]["mean"]["0.05"]) == {"a"}
+
+
+def test_intervals_that_do_not_touch_are_apart(fidelity):
+    """All of one method's photographs fall, none of the other's: no draw can say otherwise."""
+    falls, none = torch.ones(4, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    found, _ = fidelity("summary").selectivities({"all": (falls, none), "nothing": (0 * falls, none)}, "nothing")
+    assert found["all"]["apart"] is True
+    assert found["nothing"]["apart"] is False
+    assert found["all"]["difference"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_a_method_differs_from_its_double_by_nothing_in_every_draw(fidelity):
+    """Draws are paired: both have an interval, their difference has none."""
+    falls = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    others = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
+    found, _ = fidelity("summary").selectivities({"a": (falls, others), "double": (falls, others)}, "a")
+    assert found["a"]["low"] < found["a"]["value"] < found["a"]["high"]
+    assert found["double"]["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_mean_over_concepts_is_surer_than_one(fidelity):
+    """Twice the same photographs, drawn apart: the interval shrinks by about √2."""
+    summary = fidelity("summary")
+    half = ("1" * 40, "10" * 20)
+    concept = summary.of_concept([fold(0, half, ("1" * 40, "1" * 40))], "a")
+    one = concept["after"]["mean"]["0.05"]["a"]
+    both = summary.over_concepts([concept, concept], "a")["mean"]["0.05"]["a"]
+    assert both["value"] == one["value"] == 0.5
+    assert (one["high"] - one["low"]) / (both["high"] - both["low"]) == pytest.approx(2**0.5, rel=0.1)
+
+
+def test_verdict_flips_only_where_both_signs_are_beyond_chance(fidelity):
+    def concept(mean: tuple[float, float], zero: tuple[float, float]) -> dict:
+        ends = {"mean": mean, "zero": zero}
+        return {"after": {name: {"0.1": {"m": {"difference": {"low": a, "high": b}}}} for name, (a, b) in ends.items()}}
+
+    flips = fidelity("summary").flips
+    assert flips(concept((0.1, 0.2), (-0.2, -0.1)), "m", "0.1")
+    assert not flips(concept((0.1, 0.2), (-0.2, 0.1)), "m", "0.1")
+    assert not flips(concept((0.1, 0.2), (0.1, 0.2)), "m", "0.1")
+
+
+# ------------------------------------------------------------------ planted
+
+
+def test_scores_on_two_scales_lose_when_pooled_and_not_layer_by_layer(fidelity):
+    """Pooled, true 1 stands above false 0 but below false 9, true 10 above both: three pairs of four."""
+    layers = [
+        (torch.tensor([1.0, 0.0]), torch.tensor([True, False])),
+        (torch.tensor([10.0, 9.0]), torch.tensor([True, False])),
+    ]
+    assert fidelity("planted").compared(layers) == {
+        "auroc": 0.75, "auroc_by_part": 1.0, "precision": 0.5, "recall": 0.5, "right_by_part": 1.0,
+    }  # fmt: skip
+
+
+def test_everything_true_has_no_auroc(fidelity):
+    assert fidelity("planted").compared([(torch.tensor([1.0, 2.0]), torch.tensor([True, True]))]) is None
+
+
+def test_correlation_of_a_constant_is_a_dash(fidelity):
+    correlated = fidelity("planted").correlated
+    assert correlated([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
+    assert correlated([], [1.0, 2.0]) is None
+    assert correlated([1.0, 2.0, 4.0], [2.0, 3.0, 9.0])["spearman"] == pytest.approx(1)
+
+
+def test_larger_size_is_built_only_where_the_builder_knows_it(fidelity):
+    jobs = fidelity("planted").jobs(["circle"], 2, [], ["small", "large"])
+    assert [(job.size, job.seed) for job in jobs] == [("large", 0), ("small", 0), ("small", 1)]
+
+
+# ------------------------------------------------------------------ photographs
+
+
+@pytest.mark.parametrize(("n", "n_folds"), [(8, 3), (39, 3), (40, 2), (95, 2)])
+def test_each_photograph_is_tested_once_and_never_found_with(fidelity, n, n_folds):
+    photographs = fidelity("photographs")
+    folds = photographs.cross_fitted(n, 120, seed=0)
+    assert len(folds) == n_folds
+    assert sorted(place for fold in folds for place in fold.test) == list(range(n))
+    assert sorted(place for fold in folds for place in fold.others) == list(range(120))
+    for fold in folds:
+        assert not set(fold.find) & set(fold.test)
+        assert len(fold.find) == min(photographs.MOST_CONCEPT, n - len(fold.test))
+
+
+def test_hands_are_even_and_seeded(fidelity):
+    dealt = fidelity("photographs").dealt
+    assert sorted(len(hand) for hand in dealt(8, 3, 0)) == [2, 3, 3]
+    assert dealt(20, 2, 0) == dealt(20, 2, 0) != dealt(20, 2, 1)
+
+
+def test_groups_share_no_photograph_with_what_they_are_set_beside(fidelity, shared_data, tmp_path, monkeypatch):
+    """The sample's images stand in by their places, so that each can be told."""
+    photographs = fidelity("photographs")
+    files = photographs._files()
+    blank = torch.arange(len(files), dtype=torch.float32).reshape(-1, 1, 1, 1).numpy()
+    monkeypatch.setattr(photographs.np, "load", lambda *_, **__: blank)
+    parts = photographs._group("lite0", "fruit", tmp_path, 0)[:3]
+    places = [set(images.flatten().int().tolist()) for images, _ in parts]
+    assert {files[i] for i in places[0]} == set(photographs.group_members("fruit"))
+    assert [len(each) for each in places[1:]] == [photographs.N_REFERENCE, photographs.N_OTHERS]
+    assert not (places[0] & places[1] or places[0] & places[2] or places[1] & places[2])
+    assert parts[0][1].tolist() == [int(files[i].split("_")[0]) for i in sorted(places[0])]
+
+
+# ------------------------------------------------------------------ removal, agreement
+
+
+@pytest.fixture
+def shown(fidelity):
+    """The quick run's network and noise."""
+    return fidelity("photographs").load("quick", "groups", "noise", Path())
+
+
+@pytest.fixture
+def task(shown) -> Task:
+    (images, labels), (others, other_labels) = shown.concept, shown.reference
+    return make_task(
+        shown.spec, shown.layers, images[:6], others, concept_labels=labels[:6], reference_labels=other_labels
+    )
+
+
+def test_digits_are_the_answers_of_the_network_without_the_circuit(fidelity, shown, task):
+    """Run plainly, whole network and all, instead of from where the first layer begins."""
+    removal = fidelity("removal")
+    finding, places = find(task, "activation"), shown.folds[1]
+    entry = removal.Testing(shown).of({"mean": finding, "zero": finding}, places)
+    images, labels = (part[list(places.test)] for part in shown.concept)
+    statistics = removal.Testing(shown).statistics
+    for ablation, sizes in entry["after"].items():
+        with torch.no_grad(), ablate(shown.spec, finding.circuit(0.1), ablation, reference=statistics):
+            right = forward(shown.spec.model, images).argmax(1) == labels
+        assert sizes["0.1"]["concept"] == "".join(str(int(each)) for each in right)
+    assert entry["full"]["concept"] == "1" * len(labels)  # the labels are the network's own answers
+    assert entry["after"]["mean"]["0.1"]["concept"] != entry["full"]["concept"]
+
+
+def test_found_under_each_ablation_or_once(fidelity, shown, tmp_path):
+    roster, removal, store = (fidelity(name) for name in ("roster", "removal", "store"))
+    asked: list[str] = []
+
+    class Asked(roster.Contender):
+        def find(self, task):
+            asked.append(task.ablation)
+            return super().find(task)
+
+    two = (Asked("eap-ig", "attribution-patching", {"edges": False}), Asked("random", "random"))
+    for under in ("mean", "each"):
+        job = removal.Job("quick", "groups", "noise", two, 1, False, tmp_path, under)
+        job.run(store.Work(tmp_path / under))
+    assert asked == ["mean", "mean", "mean", "zero", "mean"]  # random has no use for the ablation
+
+
+def test_bound_finds_and_tests_on_the_same_photographs(fidelity, shown):
+    places = fidelity("removal").Job._bound(shown)
+    assert places.find == places.test
+    assert sorted(places.test) == list(range(len(shown.concept[0])))
+
+
+def test_contrasts_share_one_attribution_and_give_the_same_scores(fidelity, task, monkeypatch):
+    removal = fidelity("removal")
+    plain, calls = removal.cross_layer.attribute, []
+
+    def counted(*given, **options):
+        calls.append(given)
+        return plain(*given, **options)
+
+    names = ("cla-ratio", "cla-difference", "cla-anchored", "cla")
+    alone = {name: find(task, name) for name in names}
+    monkeypatch.setattr(removal.cross_layer, "attribute", counted)
+    with removal.attributing_once() as shared:
+        together = {name: find(task, name) for name in names}
+    assert len(calls) == 1
+    assert shared.seconds > 0
+    assert removal.cross_layer.attribute is counted
+    for name, finding in together.items():
+        for layer, scores in finding.units.items():
+            torch.testing.assert_close(scores, alone[name].units[layer], rtol=1e-4, atol=1e-6)
+
+
+def test_sampled_removals_are_those_of_the_oracle(fidelity, task):
+    agreement = fidelity("agreement")
+    units, edges = agreement.drawn(task)
+    effects = exact_effects(task, edges=True)
+    exact = effects.finding("exact", task, {})
+    expected, found = agreement.sampled(exact, units, edges), agreement.removed(task, units, edges)
+    assert len(set(edges)) == len(edges) == agreement.N_EDGES
+    for part in ("units", "edges"):
+        assert found[part] == pytest.approx(expected[part], rel=1e-3, abs=1e-6)
+        assert max(found[part]) > 0
+
+
+# ------------------------------------------------------------------ the store, the roster
+
+
+def test_cell_is_known_again_until_its_digest_changes(fidelity, tmp_path):
+    work = fidelity("store").Work(tmp_path)
+    cells = work.cells("a/b", {"x": "1", "y": "1"})
+    cells.keep("x", {"n": 1})
+    cells.keep("x", {"n": 2})
+    again = work.cells("a/b", {"x": "1", "y": "1"})
+    assert again.known["x"]["n"] == 2
+    assert not again.complete
+    assert work.cells("a/b", {"x": "2"}).known == {}
+
+
+def test_line_that_a_kill_cut_off_is_passed_over(fidelity, tmp_path):
+    work, wanted = fidelity("store").Work(tmp_path), {"x": "1", "y": "1", "z": "1"}
+    work.cells("job", wanted).keep("x", {})
+    path = tmp_path / "job.jsonl"
+    path.write_text(path.read_text() + '{"key": "y", "dig')
+    work.cells("job", wanted).keep("z", {})
+    assert set(work.cells("job", wanted).known) == {"x", "z"}
+
+
+def test_source_changes_with_what_it_reads(fidelity, tmp_path, monkeypatch):
+    source_of = fidelity("store").source_of
+    monkeypatch.syspath_prepend(str(tmp_path))
+    digests = []
+    for text in ("def low(): return 1\n", "def low(): return 2\n"):
+        package = tmp_path / f"rooms{len(digests)}"
+        package.mkdir()
+        (package / "__init__.py").write_text("")
+        (package / "below.py").write_text(text)
+        (package / "above.py").write_text(f"from {package.name}.below import low\n")
+        (package / "beside.py").write_text("x = 1\n")
+        for name in ("above", "beside"):
+            importlib.import_module(f"{package.name}.{name}")
+        digests.append([source_of(f"{package.name}.{name}", package.name) for name in ("below", "beside")])
+        read = fidelity("store")._read_by(sys.modules[f"{package.name}.above"])
+        assert f"{package.name}.below" in read
+    assert digests[0][0] != digests[1][0]
+
+
+def test_others_may_fail_and_ours_may_not(fidelity, task, monkeypatch):
+    roster = fidelity("roster")
+
+    def fails(task):
+        raise ViscircuitsError("no weights here")
+
+    def ours(task):
+        raise ViscircuitsError("no weights here")
+
+    ours.__module__ = roster.OURS[0]
+    monkeypatch.setitem(METHODS, "fails", fails)
+    monkeypatch.setitem(METHODS, "ours", ours)
+    assert roster.attempted(roster.Contender("fails", "fails"), task) == "no weights here"
+    with pytest.raises(ViscircuitsError, match="no weights"):
+        roster.attempted(roster.Contender("ours", "ours"), task)
+
+
+def test_method_that_is_entered_takes_part_everywhere(fidelity, monkeypatch):
+    monkeypatch.setitem(METHODS, "newcomer", METHODS["random"])
+    roster = fidelity("roster")
+    for part in (roster.of_planted, roster.of_agreement, roster.of_removal):
+        assert "newcomer" in [each.title for each in part(None)]
+
+
+def test_every_name_of_the_roster_is_a_method(fidelity):
+    roster = fidelity("roster")
+    named = [roster.PLANTED_OPTIONS, roster.REMOVAL_OPTIONS, roster.REMOVAL_LEAVES_OUT, roster.AGREEMENT_LEAVES_OUT]
+    named += [roster.FEWER, roster.BLIND, roster.QUICK_LEAVES_OUT, (roster.RECOMMENDED, roster.AGAINST, roster.ORACLE)]
+    assert {name for each in named for name in each} <= set(METHODS)
+
+
+# ------------------------------------------------------------------ the page, the run
+
+
+def test_cells_of_tables(fidelity):
+    page = fidelity("page")
+    entry = {"value": 0.5, "low": -0.001, "high": 1.0}
+    assert page.bracketed(entry) == "0.50 [0.00, 1.00]"
+    assert page._bold({**entry, "apart": True}) == "**0.50 [0.00, 1.00]**"
+    assert page._bold(None) == "–"
+    assert page._share([1.0, 0.9, None]) == "1 of 2"
+    assert page.table(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|--:|\n| 1 | 2 |"
+
+
+def test_unknown_names_are_refused(fidelity, capsys):
+    with pytest.raises(SystemExit):
+        fidelity("command").parse(["--methods", "eaq"])
+    assert "choose from exact" in capsys.readouterr().err
+
+
+def test_failure_of_one_job_is_told_and_stops_no_other(fidelity, tmp_path):
+    command, done = fidelity("command"), []
+
+    class Job:
+        def __init__(self, name: str):
+            self.name = name
+
+        def run(self, work) -> None:
+            if self.name == "bad":
+                raise ValueError("three")
+            done.append(self.name)
+
+    failures = command.drained([(Job(name), None) for name in ("bad", "good")], command._run, 1, "jobs")
+    assert failures == ["bad: ValueError: three"]
+    assert done == ["good"]
+
+
+@pytest.mark.slow
+def test_quick_run_writes_the_page_and_another_measures_nothing(fidelity, tmp_path, monkeypatch):
+    command = fidelity("command")
+    methods = "exact,eap,anchored,cla-ratio,activation-difference,random"
+    arguments = ["--quick", "--planted", "circle", "--methods", methods]
+    arguments += ["--out", str(tmp_path / "docs"), "--work", str(tmp_path / "work")]
+    command.main(arguments)
+    page = (tmp_path / "docs" / "fidelity.md").read_text(encoding="utf-8")
+    results = json.loads((tmp_path / "docs" / "fidelity.json").read_text(encoding="utf-8"))
+    cells = {cell["method"]: cell for cell in results["planted"]}
+    for part in ("units", "edges"):
+        for method in ("exact", "eap"):
+            assert cells[method][part]["precision"] == 1  # the circuit, the whole circuit, and nothing else first
+    assert cells["activation-difference"]["edges"] is None
+    assert "scores no edges" in results["reasons"]["planted circle activation-difference"]
+    assert cells["eap"]["agreement"]["edges"]["spearman"] > cells["random"]["agreement"]["edges"]["spearman"]
+    noise = results["removal"]["quick"]["groups"]["concepts"]["noise"]
+    assert noise["accuracy"] == {"concept": 1.0, "others": 1.0}
+    assert set(noise["after"]["zero"]["0.1"]) == {"anchored", "cla-ratio", "activation-difference", "random"}
+    assert set(noise["bound"]["mean"]) == {"0.01", "0.02", "0.05", "0.1"}
+    assert page.count("<!--") == page.count("<!-- not run") == 2  # every place for a table is filled
+    for name in fidelity("plots").ALT:
+        assert f"(img/{name}.svg)" in page
+        assert "</svg>" in (tmp_path / "docs" / "img" / f"{name}.svg").read_text(encoding="utf-8")
+    for room in ("planted", "removal"):
+        monkeypatch.setattr(fidelity(room), "attempted", lambda *_: pytest.fail("measured again"))
+    command.main(arguments)
+    assert (tmp_path / "docs" / "fidelity.md").read_text(encoding="utf-8") == page
