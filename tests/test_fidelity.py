@@ -164,8 +164,11 @@ def test_correlation_of_a_constant_is_a_dash(fidelity):
 
 
 def test_larger_size_is_built_only_where_the_builder_knows_it(fidelity):
-    jobs = fidelity("planted").jobs(["circle"], 2, [], ["small", "large"])
-    assert [(job.size, job.seed) for job in jobs] == [("large", 0), ("small", 0), ("small", 1)]
+    planted = fidelity("planted")
+    jobs = planted.jobs(["circle", "two-networks"], 2, [], ["small", "large"])
+    places = [(job.network, job.size, job.seed - planted.FIRST_SEED) for job in jobs]
+    small = [(network, "small", place) for network in ("circle", "two-networks") for place in range(2)]
+    assert places == [("circle", "large", 0), *small]
 
 
 # ------------------------------------------------------------------ photographs

@@ -27,6 +27,7 @@ from viscircuits.task import Finding
 
 FORMAT = 1
 SIZES: dict[str, dict[str, Any]] = {"small": {}, "large": {"n_decoys": 12}}  # large where a builder knows the option
+FIRST_SEED = 3  # the weights of `anchored`'s paths were chosen on the seeds before
 SEEDS_OF_LARGE = 1
 
 
@@ -85,7 +86,7 @@ def jobs(networks: Sequence[str], seeds: int, contenders: Sequence[Contender], s
         for network in networks:
             if size == "small" or _takes(network, SIZES[size]):
                 n = seeds if size == "small" else min(seeds, SEEDS_OF_LARGE)
-                found += [Job(network, size, seed, tuple(contenders)) for seed in range(n)]
+                found += [Job(network, size, seed, tuple(contenders)) for seed in range(FIRST_SEED, FIRST_SEED + n)]
     return found
 
 
