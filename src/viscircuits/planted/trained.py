@@ -11,6 +11,7 @@ apart from that, do the bars behind them stand.
 4. So that training finds its way, at first a linear probe on each group of the third layer has to read off
    its variable, and strictness comes in by degrees (`COURSE`).
 5. Units and connections within the circuit that do next to nothing are dropped, and the rest is trained on.
+   Outside it dead units are dropped in the end.
 
 What is not in the circuit is neither zero nor silent: it answers the question about the bars, and leaks a
 little. `Planted.tolerance` says how much.
@@ -66,6 +67,7 @@ N_VARIANTS = 2
 # weights of what must not move and of the probes, against answering right; epochs; largest learning rate
 COURSE = ((0.0, 1.0, 8, 1e-2), (0.03, 0.3, 8, 1e-2), (3.0, 0.0, 10, 5e-3))
 IDLE = (0.03, 0.01)  # shares of the behaviour under which a unit, and an edge, is dropped
+ALIVE = 0.01  # share of the pictures on which a unit is active, or it is dropped as well
 TOLERANCE, LEAST = 0.15, 5e-4  # shares of the behaviour: of all outside the circuit, and of each part of it
 
 
@@ -149,8 +151,8 @@ def train_holder(rule: str, variant: int = 0, *, n_images: int = 3000, rounds: i
     for _ in range(rounds):
         found = shares(network, concept, torch.ones(len(concept), dtype=torch.long), reference)
         if not drop_idle(kept, found, IDLE, among=aligned, at_most=0.1):
-            alive = [each.flatten(2).amax((0, 2)) if each.ndim > 2 else each.amax(0) for each in interchange.values()]
-            left = [(units & (most > 0)).nonzero().flatten() for units, most in zip(kept.units, alive, strict=True)]
+            alive = [share > ALIVE for share in interchange.active()]
+            left = [(units & awake).nonzero().flatten() for units, awake in zip(kept.units, alive, strict=True)]
             small = network_of([len(units) for units in left])
             copy_units(network, small, left)
             return Holder(small.eval(), tuple(group[units] for group, units in zip(groups, left, strict=True)))
@@ -226,11 +228,12 @@ class Interchange:
         return value + probing * self._hidden(batch) if probing else value
 
     @torch.no_grad()
-    def values(self) -> list[Tensor]:
-        """What each layer computes on all the pictures."""
-        found = [self.parts[0](self.images)]
-        for part in self.parts[1:-1]:
-            found.append(part(found[-1]))
+    def active(self) -> list[Float[Tensor, " _"]]:
+        """For each layer, the share of the pictures on which each unit is not zero everywhere."""
+        values, found = self.images, []
+        for part in self.parts[:-1]:
+            values = part(values)
+            found.append((values.flatten(2).amax(2) if values.ndim > 2 else values).gt(0).float().mean(0))
         return found
 
     def _hidden(self, batch: Tensor) -> Float[Tensor, ""]:
