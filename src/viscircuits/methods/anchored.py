@@ -24,7 +24,7 @@ computes. The third leaves it, and so finds copies that can stand in for one ano
    effect uncertain, and the raise is known better: it stands where CLA has `|a_m|`.
 5. Units are ranked by the size at which they were removed first, then by this sum.
 
-Its constants were set on groups of photographs that no table reports.
+Where its constants were set is told in docs/rivals.md.
 """
 
 from __future__ import annotations
