@@ -2,6 +2,7 @@
 
 `derivatives` differentiates each value of a target with respect to each value of a source,
 `attribution` puts the formulas on top; `captum_gradient` asks another library for the same gradient.
+`colour_network` is a network whose circuits can be told by looking at it.
 """
 
 from __future__ import annotations
@@ -116,3 +117,22 @@ def captum_gradient(
         values.detach().clone(), lambda out: out.select(unit_axis, n).flatten(1).square().sum(1).sqrt()
     )
     return values.detach(), gradient.detach()
+
+
+# ------------------------------------------------------------------ networks
+
+
+def colour_network() -> nn.Sequential:
+    """Red, green and blue: each colour has two units, then one (three more are dead), then a class."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+        for colour in range(3):
+            net[0].weight[[2 * colour, 2 * colour + 1], colour] = 1
+            net[2].weight[colour, [2 * colour, 2 * colour + 1]] = 0.5
+            net[6].weight[colour, colour] = 1
+    return net.eval()

@@ -1,5 +1,7 @@
 """Attribution anchored at the answers, on networks whose answer is known beforehand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -131,6 +133,27 @@ def test_options_that_make_no_sense_are_refused(options, reason):
 
 
 def test_a_network_with_one_output_has_nothing_to_protect():
-    task = make_task(Linear([[1.0, 2.0]]), ["units"], vectors([1.0, 1.0]), vectors([0.0, 0.0]))
-    with pytest.raises(ViscircuitsError, match="single output"):
+    task = make_task(Linear([[1.0, 2.0]]), ["units"], vectors([1.0, 1.0]), vectors([0.0, 0.0], [0.0, 1.0]))
+    with pytest.raises(ViscircuitsError, match="nothing to protect"):
         find(task, "anchored", protect=1.0)
+
+
+def test_a_concept_that_every_output_answers_leaves_nothing_to_protect():
+    task = removal_task()
+    both = replace(task, concept_labels=torch.arange(len(task.concept)) % 2)
+    with pytest.raises(ViscircuitsError, match="every one of the network's 2 outputs"):
+        find(both, "anchored", protect=1.0)
+
+
+def test_one_reference_image_has_no_spread():
+    task = make_task(Linear(HEAD), ["units"], torch.rand(3, 4, 1, 1), torch.rand(1, 4, 1, 1))
+    with pytest.raises(ViscircuitsError, match="2 or more"):
+        find(task, "anchored", protect=1.0)
+
+
+def test_what_is_run_once_to_be_replayed_is_counted():
+    passes = find(
+        removal_task(), "anchored", protect=1.0, sizes=(0.5,), steps_a_size=3, images_a_step=(2, 4), edges=False
+    ).passes
+    assert passes.backward == 3 * 6
+    assert passes.forward == 2 * 28 + 3 * 6  # kept for replay, looked at once, and the steps

@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
+from oracles import colour_network
 from viscircuits import attribute, evaluate, evaluation, measure, open_images, select, split, wrap
 from viscircuits.ablation import ablate, prune_edges
 from viscircuits.circuit import Circuit, Edge, Unit
@@ -28,22 +29,6 @@ WIDTHS = {"1": 6, "3": 6}
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
     monkeypatch.setattr(evaluation, "N_BOOTSTRAP", 50)
-
-
-def planted() -> nn.Sequential:
-    """Red, green and blue: each colour has two units, then one (three more are dead), then a class."""
-    net = nn.Sequential(
-        nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
-    )  # fmt: skip
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.zero_()
-        for colour in range(3):
-            net[0].weight[[2 * colour, 2 * colour + 1], colour] = 1
-            net[2].weight[colour, [2 * colour, 2 * colour + 1]] = 0.5
-            net[6].weight[colour, colour] = 1
-    return net.eval()
 
 
 def chosen_by_hand(colour: int) -> Circuit:
@@ -63,7 +48,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 @pytest.fixture
 def spec() -> ModelSpec:
-    return wrap(planted(), to_tensor, LAYERS, ["red", "green", "blue"])
+    return wrap(colour_network(), to_tensor, LAYERS, ["red", "green", "blue"])
 
 
 @pytest.fixture

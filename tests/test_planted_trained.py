@@ -20,6 +20,7 @@ from viscircuits.planted import PLANTED, Planted, families, merged, plant, train
 from viscircuits.planted.checks import Check, check
 from viscircuits.planted.composed import QUESTIONS, Pictures, letters_on_gratings, two_figures
 from viscircuits.planted.learning import (
+    WEIGHTS,
     Kept,
     Shares,
     accuracy,
@@ -136,7 +137,7 @@ def plant_tool():
 
 
 def test_every_kept_network_has_what_makes_it_and_is_small() -> None:
-    kept = {path.stem: path.stat().st_size for path in merged.WEIGHTS.glob("*.safetensors")}
+    kept = {path.stem: path.stat().st_size for path in WEIGHTS.glob("*.safetensors")}
     assert set(kept) == set(plant_tool().networks())
     assert max(kept.values()) < 200_000
 

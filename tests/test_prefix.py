@@ -18,7 +18,6 @@ class Skipping(nn.Module):
         self.middle = nn.Conv2d(4, 4, 3, padding=1)
         self.late = nn.Conv2d(4, 4, 3, padding=1)
         self.head = nn.Linear(4, 3)
-        self.runs = {"stem": 0, "middle": 0}
 
     def forward(self, images):
         early = self.stem(images)

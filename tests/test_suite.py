@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from oracles import colour_network
 from viscircuits import (
     attribute,
     cli,
@@ -65,25 +66,9 @@ def few_draws():
         yield
 
 
-def planted() -> nn.Sequential:
-    """Red, green and blue: each colour has two units, then one (three more are dead), then a class."""
-    net = nn.Sequential(
-        nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
-    )  # fmt: skip
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.zero_()
-        for colour in range(3):
-            net[0].weight[[2 * colour, 2 * colour + 1], colour] = 1
-            net[2].weight[colour, [2 * colour, 2 * colour + 1]] = 0.5
-            net[6].weight[colour, colour] = 1
-    return net.eval()
-
-
 def always_on() -> nn.Sequential:
-    """As `planted`, but what says red is a unit that is at 0.3 whatever the image shows."""
-    net = planted()
+    """As `colour_network`, but what says red is a unit that is at 0.3 whatever the image shows."""
+    net = colour_network()
     with torch.no_grad():
         net[6].weight[0] = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, 0.0])
         net[2].bias[3] = 0.3
@@ -97,7 +82,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 @pytest.fixture(scope="module")
 def spec() -> ModelSpec:
-    return wrap(planted(), to_tensor, LAYERS, ["red", "green", "blue"])
+    return wrap(colour_network(), to_tensor, LAYERS, ["red", "green", "blue"])
 
 
 def paint(folder, sets) -> None:

@@ -109,3 +109,9 @@ def test_no_images_or_an_unknown_behaviour_are_refused():
         make_task(network(), ["2"], images([1.0, 2.0])[:0], images([0.0, 0.5]))
     with pytest.raises(ViscircuitsError, match="log-probability"):
         task(behaviour="log_probability")
+
+
+def test_costs_add_up():
+    passes = Passes(1, 2, 0.5)
+    passes.add(Passes(10, 20, 1.0))
+    assert passes == Passes(11, 22, 1.5)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from viscircuits.planted import merged, trained, vit
 from viscircuits.planted.composed import QUESTIONS
+from viscircuits.planted.learning import WEIGHTS
 
-WEIGHTS = merged.WEIGHTS
 Weights = dict[str, Tensor]
 
 

@@ -33,17 +33,17 @@ Behaviour = Callable[[Float[Tensor, "image output"], Int[Tensor, " image"]], Flo
 Pair = tuple[str, str]  # source layer, target layer
 
 
-def logit(outputs: Tensor, labels: Tensor) -> Tensor:
+def logit(outputs: Float[Tensor, "image output"], labels: Int[Tensor, " image"]) -> Float[Tensor, " image"]:
     """The label's own output."""
     return outputs.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
-def log_probability(outputs: Tensor, labels: Tensor) -> Tensor:
+def log_probability(outputs: Float[Tensor, "image output"], labels: Int[Tensor, " image"]) -> Float[Tensor, " image"]:
     """Logarithm of the label's probability among all outputs, in nats."""
     return logit(outputs.log_softmax(1), labels)
 
 
-def margin(outputs: Tensor, labels: Tensor) -> Tensor:
+def margin(outputs: Float[Tensor, "image output"], labels: Int[Tensor, " image"]) -> Float[Tensor, " image"]:
     """The label's output minus the largest of the others: above 0 where the answer is right."""
     others = outputs.scatter(1, labels.unsqueeze(1), -torch.inf)
     return logit(outputs, labels) - others.amax(1)
@@ -135,6 +135,12 @@ class Passes:
     backward: int = 0
     seconds: float = 0.0
 
+    def add(self, others: Passes) -> None:
+        """Count what others cost as well."""
+        self.forward += others.forward
+        self.backward += others.backward
+        self.seconds += others.seconds
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -165,6 +171,8 @@ class Finding:
 
     def circuit(self, k: int | float | Mapping[str, int], *, share: str = "per layer") -> Circuit:
         """The units with the highest scores, with the edges between chosen units of adjacent layers.
+
+        A score is a size, so an edge's `signed` is its score: whether it excites or inhibits is not known.
 
         Parameters
         ----------
@@ -252,6 +260,13 @@ def make_task(
         Images per pass.
     seed
         Of whatever a method draws.
+
+    Raises
+    ------
+    LayerError
+        If a layer does not exist or holds no units.
+    ViscircuitsError
+        If there are no images of either kind, or the behaviour is unknown.
     """
     spec = as_spec(model)
     choose(BEHAVIOURS, behaviour, "behaviour")

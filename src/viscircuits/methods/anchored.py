@@ -16,9 +16,9 @@ computes. The third leaves it, and so finds copies that can stand in for one ano
 2. The anchor is the share of right answers, smoothed: ``σ(margin / τ)``, a margin being an output minus the largest
    output that does not belong to the concept (for a reference image: that is not its own). It falls for the
    concept's answers on the concept's images; ``protect`` times its fall on reference images counts against.
-3. Units have gates, 1 for whole and 0 for removed. From step to step more units are removed, up to the share `most`
-   of each layer. The derivative of the anchor in the gates, removed ones included, is averaged over steps, and the
-   units that are removed are chosen anew.
+3. Units have gates, 1 for whole and 0 for removed. From step to step more units are removed, up to the last of
+   `sizes`, a share of each layer. The derivative of the anchor in the gates, removed ones included, is averaged over
+   steps, and the units that are removed are chosen anew.
 4. To this effect is added how far the concept raises the unit at all, (mean on the concept − mean on the reference)
    / deviation on the reference, each divided by its spread over the layer's units. A handful of images leaves the
    effect uncertain, and the raise is known better: it stands where CLA has `|a_m|`.
@@ -102,7 +102,8 @@ def anchored(
     Raises
     ------
     ViscircuitsError
-        If sizes do not rise within (0, 1], or answers are to be protected of a network with a single output.
+        If an option makes no sense; or, where answers are to be protected, if there is but one reference image or
+        every output of the network is an answer of the concept's images, so that none is left.
 
     References
     ----------
@@ -114,7 +115,7 @@ def anchored(
     options = {"protect": protect, "steps": steps, "edges": edges, "engine": engine}
     if not protect:
         return _explained(task, steps, edges, engine, options)
-    _check_removal(sizes, steps_a_size, images_a_step)
+    _check_removal(task, sizes, steps_a_size, images_a_step)
     if raise_weight is None:
         raise_weight = max(1.0, (IMAGES_FOR_EQUAL_WEIGHT / len(task.concept)) ** 0.5)
     options |= {
@@ -127,10 +128,8 @@ def anchored(
     found: Mapping[Pair, Tensor] = {}
     if edges:
         explained = _explained(task, steps, True, engine, {})
-        found, spent = explained.edges, explained.passes
-        counted.passes.forward += spent.forward
-        counted.passes.backward += spent.backward
-        counted.passes.seconds += spent.seconds
+        found = explained.edges
+        counted.passes.add(explained.passes)
     return Finding("anchored", ranks, task.widths, found, counted.passes, options)
 
 
@@ -147,13 +146,13 @@ def _explained(task: Task, steps: int, edges: bool, engine: str, options: Mappin
             units[layer] += weight * scores
         for pair, scores in found.edges.items():
             connections[pair] = connections.get(pair, 0) + weight * scores
-        spent.forward += found.passes.forward
-        spent.backward += found.passes.backward
-        spent.seconds += found.passes.seconds
+        spent.add(found.passes)
     return Finding("anchored", units, task.widths, connections, spent, options)
 
 
-def _check_removal(sizes: Sequence[float], steps_a_size: int, images_a_step: tuple[int, int]) -> None:
+def _check_removal(task: Task, sizes: Sequence[float], steps_a_size: int, images_a_step: tuple[int, int]) -> None:
+    if len(task.reference) < 2:
+        raise ViscircuitsError("one reference image has no spread to set the concept against; give 2 or more")
     if not sizes or any(not 0 < a < b <= 1 for a, b in pairwise((1e-9, *sizes))):
         raise ViscircuitsError(f"sizes are shares of a layer, rising from above 0 to at most 1; got {list(sizes)}")
     if steps_a_size < 1:
@@ -178,16 +177,19 @@ class _Answers:
         weights[labels] = weights[labels].clamp(min=LEAST_WEIGHT)
         if bool((weights > 0).all()):  # too few outputs to tell kin from the rest
             weights = torch.zeros_like(weights).index_fill_(0, labels, 1.0)
+        if bool((weights > 0).all()):
+            raise ViscircuitsError(
+                f"every one of the network's {len(weights)} outputs is an answer of the concept's images, so there is "
+                "nothing to protect; use protect=0, or a concept of fewer classes"
+            )
         scale = margin(reference, reference_labels).abs().median().item() / 2
         return cls(weights / weights.sum(), max(scale, 1e-6))
 
     def of_concept(self, outputs: Float[Tensor, "image output"]) -> Float[Tensor, " image"]:
         """How far the concept's answers stand above all others, from 0 to 1."""
-        mine = self.weights > 0
-        if bool(mine.all()):
-            return outputs.log_softmax(1).exp() @ self.weights
-        others = outputs.masked_fill(mine, -torch.inf).amax(1, keepdim=True)
-        return torch.sigmoid((outputs - others) / self.scale) @ self.weights
+        weights = self.weights.to(outputs)
+        others = outputs.masked_fill(weights > 0, -torch.inf).amax(1, keepdim=True)
+        return torch.sigmoid((outputs - others) / self.scale) @ weights
 
     def of_reference(self, outputs: Float[Tensor, "image output"], labels: Tensor) -> Float[Tensor, " image"]:
         """How far each image's own answer stands above all others, from 0 to 1."""
@@ -206,9 +208,8 @@ class _Removing:
         self.labels = torch.cat([task.concept_labels, task.reference_labels])
         self.generator = torch.Generator().manual_seed(task.seed)
         self.prefix = Prefix(task.spec.model, task.addresses, images, task.batch_size)
+        task.passes.forward += len(images)  # what is replayed afterwards
         self.raised, outputs = self._look()
-        if outputs.shape[1] < 2:
-            raise ViscircuitsError("a network with a single output has no other answers to protect; use protect=0")
         n = len(task.concept)
         self.answers = _Answers.of(outputs[:n], outputs[n:], self.labels[:n], self.labels[n:])
         self.effects = {layer.address: torch.zeros(3, layer.n_units, dtype=torch.float64) for layer in task.layers}

@@ -12,14 +12,33 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from viscircuits.errors import ViscircuitsError
 from viscircuits.layers import along_units
 from viscircuits.planted.composed import Pictures
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def load_weights(name: str) -> dict[str, Tensor]:
+    """The weights of this name that `tools/plant.py` made.
+
+    Raises
+    ------
+    ViscircuitsError
+        If there are none.
+    """
+    path = WEIGHTS / f"{name}.safetensors"
+    if not path.is_file():
+        raise ViscircuitsError(f"no weights {name!r}: {path.name} is missing; run tools/plant.py")
+    return load_file(path)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from viscircuits.errors import ViscircuitsError
@@ -34,6 +32,7 @@ from viscircuits.planted.learning import (
     everything,
     fit,
     initialise,
+    load_weights,
     relus,
     shares,
     silence,
@@ -41,7 +40,6 @@ from viscircuits.planted.learning import (
 )
 from viscircuits.scores.formulas import choose
 
-WEIGHTS = Path(__file__).parent / "weights"
 WIDTHS = {"letters": (8, 12, 16), "gratings": (8, 10, 10), "colours": (8, 10, 10)}
 N_VARIANTS = 3
 N_ANSWERS = 4
@@ -127,10 +125,7 @@ def train_part(question: str, variant: int = 0, *, n_images: int = 3000, epochs:
 
 def load_part(question: str, variant: int) -> Part:
     """The part that `tools/plant.py` trained."""
-    path = WEIGHTS / f"{question}-{variant}.safetensors"
-    if not path.is_file():
-        raise ViscircuitsError(f"no weights of {question!r} {variant}: {path.name} is missing; run tools/plant.py")
-    weights = load_file(path)
+    weights = load_weights(f"{question}-{variant}")
     network = classifier([len(weights[f"conv{i}.weight"]) for i in (1, 2, 3)])
     network.load_state_dict(weights)
     return Part(network.eval(), question, variant % N_ANSWERS)
@@ -165,9 +160,7 @@ def merged(
     fresh
         Train the parts anew instead of loading them: about a minute each.
     """
-    question = concept or in_turn(parts, seed, N_VARIANTS)
-    if question not in parts:
-        raise ViscircuitsError(f"the concept's part {question!r} is none of {', '.join(parts)}")
+    question = concept_of(parts, concept, seed, N_VARIANTS)
     made = [(train_part if fresh else load_part)(each, seed % N_VARIANTS) for each in parts]
     place = parts.index(question)
     network, origins = merge([part.network for part in made], cross_talk, torch.Generator().manual_seed(seed))
@@ -190,20 +183,29 @@ def merged(
     )
 
 
-def in_turn(parts: Sequence[str], seed: int, n_variants: int) -> str:
-    """The part whose turn it is: over the seeds, each is the circuit in each of its variants.
+def concept_of(parts: Sequence[str], asked: str | None, seed: int, n_variants: int) -> str:
+    """The part asked for, else the one whose turn it is: over the seeds, each is the circuit in each of its variants.
 
     Parameters
     ----------
     parts
         Their questions.
+    asked
+        One of them, or None.
     seed
         Also decides the variant, ``seed % n_variants``.
     n_variants
         Of the weights.
+
+    Raises
+    ------
+    ViscircuitsError
+        If no part bears that name.
     """
+    if asked is not None and asked not in parts:
+        raise ViscircuitsError(f"the concept's part {asked!r} is none of {', '.join(parts)}")
     rounds = seed // math.lcm(len(parts), n_variants)
-    return parts[(seed + rounds) % len(parts)]
+    return asked or parts[(seed + rounds) % len(parts)]
 
 
 def named(layers: Sequence[str], origins: Sequence[Origins], parts: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from viscircuits.errors import ViscircuitsError
@@ -47,13 +46,13 @@ from viscircuits.planted.learning import (
     everything,
     fit,
     initialise,
+    load_weights,
     relus,
     shares,
     silence,
     stages,
     weighted,
 )
-from viscircuits.planted.merged import WEIGHTS
 from viscircuits.scores.formulas import choose
 
 LEFT, RIGHT, BOTH, BARS = 0, 1, 2, 3
@@ -291,10 +290,8 @@ def _moved(outputs: Tensor, plain: Tensor) -> Float[Tensor, ""]:
 
 def load_holder(rule: str, variant: int) -> Holder:
     """The network that `tools/plant.py` trained."""
-    path = WEIGHTS / f"{choose({each: each for each in RULES}, rule, 'rule')}-{variant}.safetensors"
-    if not path.is_file():
-        raise ViscircuitsError(f"no weights of {rule!r} {variant}: {path.name} is missing; run tools/plant.py")
-    weights = load_file(path)
+    choose(RULES, rule, "rule")
+    weights = load_weights(f"{rule}-{variant}")
     groups = tuple(weights.pop(f"groups.{i}") for i in range(len(WIDTHS)))
     network = network_of([len(group) for group in groups])
     network.load_state_dict(weights)

@@ -17,21 +17,19 @@ from itertools import pairwise
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from viscircuits.errors import ViscircuitsError
 from viscircuits.planted import Planted
 from viscircuits.planted.checks import check
 from viscircuits.planted.composed import QUESTIONS, SIZE, letters_on_gratings
-from viscircuits.planted.learning import accuracy, fit, weighted
+from viscircuits.planted.learning import accuracy, fit, load_weights, weighted
 from viscircuits.planted.merged import (
     N_ANSWERS,
-    WEIGHTS,
     Origins,
+    concept_of,
     gathered,
     in_order,
-    in_turn,
     joined,
     named,
     question_images,
@@ -182,11 +180,8 @@ def _initialise(network: Transformer, generator: torch.Generator) -> None:
 
 def load_part(question: str, variant: int) -> Transformer:
     """The part that `tools/plant.py` trained."""
-    path = WEIGHTS / f"vit-{question}-{variant}.safetensors"
-    if not path.is_file():
-        raise ViscircuitsError(f"no weights of {question!r} {variant}: {path.name} is missing; run tools/plant.py")
     network = Transformer()
-    network.load_state_dict(load_file(path))
+    network.load_state_dict(load_weights(f"vit-{question}-{variant}"))
     return network.eval()
 
 
@@ -216,9 +211,7 @@ def merged_transformers(
     fresh
         Train the parts anew instead of loading them: a few minutes each.
     """
-    question = concept or in_turn(parts, seed, N_VARIANTS)
-    if question not in parts:
-        raise ViscircuitsError(f"the concept's part {question!r} is none of {', '.join(parts)}")
+    question = concept_of(parts, concept, seed, N_VARIANTS)
     variant = seed % N_VARIANTS
     networks = [(train_part if fresh else load_part)(each, variant) for each in parts]
     return _planted(networks, parts, question, variant, seed, cross_talk=cross_talk, n_images=n_images)
