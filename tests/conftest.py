@@ -9,6 +9,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
+from browser import browser, open_live, open_page, open_served, page  # noqa: F401 (fixtures)
+
 ROOT = Path(__file__).resolve().parent.parent
 
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=50)

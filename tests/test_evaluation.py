@@ -16,10 +16,12 @@ from oracles import colour_network
 from viscircuits import attribute, evaluate, evaluation, measure, open_images, select, split, wrap
 from viscircuits.ablation import ablate, prune_edges
 from viscircuits.circuit import Circuit, Edge, Unit
+from viscircuits.contract import SizeData
 from viscircuits.errors import FileFormatError, ImageError, ViscircuitsError
 from viscircuits.evaluation import SCHEMA, Evaluation
 from viscircuits.hooks import count_hooks
 from viscircuits.models import ModelSpec
+from viscircuits.sizes import sizes
 
 LAYERS = ("1", "3")
 NO_CURVES = {"unit_fractions": (), "edge_fractions": (), "draws": 2}
@@ -511,3 +513,67 @@ def test_no_image_that_found_any_of_the_circuits_tests_them_whichever_set_it_is_
         evaluate(
             spec, fresh, concept, rivals={"rival": circuit | circuit}, unit_fractions=(), edge_fractions=(), draws=1
         )
+
+
+# ------------------------------------------------------------------ sizes
+
+
+def kept_alone(spec, images, circuit, empty) -> float:
+    pictures = torch.stack([to_tensor(picture.image) for picture in images])
+    with torch.no_grad():
+        full = spec.model(pictures)[:, 0].mean()
+        with ablate(spec, circuit, keep=True):
+            kept = spec.model(pictures)[:, 0].mean()
+        with ablate(spec, empty):
+            nothing = spec.model(pictures)[:, 0].mean()
+    return float((kept - nothing) / (full - nothing))
+
+
+def test_each_part_is_also_kept_alone_and_so_are_random_parts_of_its_size(spec, concept, others):
+    found = evaluate(spec, RED, concept, others, unit_fractions=(0.5,), edge_fractions=(), draws=2, seed=3)
+    by_name = {series["name"]: series for series in found.data["unit_curve"]["series"]}
+    half = Circuit({"1": (0,), "3": (0,)}, WIDTHS)
+    own = [each["value"] for each in by_name["circuit"]["faithfulness"]]
+    assert own == pytest.approx([0, kept_alone(spec, concept, half, EVERYTHING), 1])
+    assert by_name["circuit"]["faithfulness"][-1] == found.data["faithfulness"]
+    generator = torch.Generator().manual_seed(3)
+    drawn = [evaluation.random_like(RED, generator=generator) for _ in range(2)]
+    expected = sum(kept_alone(spec, concept, each, EVERYTHING) for each in drawn) / 2
+    control = by_name["random"]["faithfulness"][-1]
+    assert control["value"] == pytest.approx(expected)
+    assert control["low"] <= control["value"] <= control["high"]
+
+
+def test_what_is_kept_alone_is_run_on_the_concept_and_not_on_the_others(spec, concept, others):
+    passes = []
+    count = spec.model.register_forward_hook(lambda *_: passes.append(1))
+    options = {"unit_fractions": (0.5,), "edge_fractions": (), "draws": 1, "labels": None}
+    evaluate(spec, RED, concept, **options)
+    alone = len(passes)
+    evaluate(spec, RED, concept, others, **options)
+    count.remove()
+    n_kept = 2 + 1 + 2  # the circuit's half and whole, everything, the random circuit's half and whole
+    assert len(passes) - alone == alone + (alone - n_kept) - 1  # one pass described the layers
+
+
+def test_sizes_are_the_curve_in_the_words_of_the_page(spec, concept, others):
+    found = evaluate(spec, RED, concept, others, unit_fractions=(0.5,), edge_fractions=(), draws=2).data
+    series = {each["name"]: each for each in found["unit_curve"]["series"]}
+    half, whole = sizes(found)
+    assert (half["fraction"], half["n_units"], whole["fraction"], whole["n_units"]) == (0.5, 2, 1.0, 3)
+    for i, size in ((1, half), (2, whole)):
+        for part in ("concept", "others", "selectivity", "faithfulness"):
+            assert size[part] == series["circuit"][part][i]
+        assert size["controls"] == {"random": series["random"]["selectivity"][i]}
+    (alone,) = sizes(evaluate(spec, RED, concept, unit_fractions=(), edge_fractions=(), draws=1).data)
+    assert (alone["others"], alone["selectivity"]) == (None, None)
+    assert set(alone["controls"]) == {"random"}
+    assert set(half) == set(SizeData.__annotations__)
+
+
+def test_an_older_evaluation_knows_faithfulness_of_the_whole_circuit_alone(spec, concept):
+    found = json.loads(json.dumps(evaluate(spec, RED, concept, edge_fractions=(), draws=1).data))
+    for series in found["unit_curve"]["series"]:
+        series.pop("faithfulness", None)
+    assert [size["faithfulness"] for size in sizes(found)] == [None, None, None, found["faithfulness"]]
+    assert sizes(None) == sizes({"unit_curve": None}) == []

@@ -10,7 +10,16 @@ from torch import nn
 
 from viscircuits.circuit import Unit
 from viscircuits.errors import ImageError, LayerError
-from viscircuits.exemplars import MAX_CROP, exemplars, receptive_box, unnormalise
+from viscircuits.exemplars import (
+    MAX_CROP,
+    ReceptiveField,
+    exemplars,
+    heat,
+    receptive_box,
+    receptive_field,
+    unlike,
+    unnormalise,
+)
 from viscircuits.hooks import activations, count_hooks
 from viscircuits.images import batches, open_images
 from viscircuits.layers import by_unit
@@ -228,3 +237,143 @@ def test_half_precision_networks_have_exemplars_too():
 def test_a_unit_that_does_not_exist_is_named(unit, culprit):
     with pytest.raises(LayerError, match=culprit):
         exemplars(red_detector(), [unit], open_images(spot(8, 8)), pixels, unit_axes={"1": 1})
+
+
+# ------------------------------------------------------------------ diverse ones
+
+
+def test_diverse_exemplars_start_with_the_strongest_and_go_on_with_the_least_alike():
+    peaks = {7: 10.0, 3: 9.0, 8: 8.0, 1: 6.0, 5: 4.0}  # 5 is under half the strongest
+    along = {7: [1, 0, 0], 3: [2, 0.1, 0], 8: [0, 1, 0], 1: [0, 0.5, 0.6], 5: [0, 0, 1]}
+    pooled = {image: torch.tensor(vector, dtype=torch.double) for image, vector in along.items()}
+    assert unlike(peaks, pooled, 1) == [7]
+    assert unlike(peaks, pooled, 2) == [7, 8]
+    assert unlike(peaks, pooled, 3) == [7, 8, 1]
+    assert unlike(peaks, pooled, 4) == [7, 3, 8, 1]
+    assert unlike(peaks, pooled, 5) == [7, 3, 8, 1, 5]  # strength fills up
+    assert unlike({}, pooled, 3) == []
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 40])
+def test_diverse_exemplars_look_less_alike_to_their_layer(batch_size):
+    network, images = small_network(), open_images([noise(seed // 2) for seed in range(24)])  # each image twice
+
+    def chosen(**options):
+        (shots,) = exemplars(
+            network, [Unit("4", 3)], images, normalised, n=3, batch_size=batch_size, unit_axes={"4": 1}, **options
+        ).values()
+        return shots
+
+    (everything,) = batches(images, normalised, 100)
+    with torch.no_grad():
+        pooled = by_unit(activations(network, ["4"], everything.images)["4"], 1).mean(2)
+    place = {name: i for i, name in enumerate(everything.names)}
+
+    def alike(shots) -> float:
+        vectors = torch.nn.functional.normalize(pooled[[place[shot.name] for shot in shots]], dim=1)
+        return float((vectors @ vectors.T).triu(1).max())
+
+    plain, diverse = chosen(), chosen(diverse=True)
+    assert plain[0].name == diverse[0].name
+    assert alike(plain) == pytest.approx(1)  # an image and its twin
+    assert alike(diverse) < 1 - 1e-4
+    assert [shot.activation for shot in diverse] == sorted((shot.activation for shot in diverse), reverse=True)
+
+
+# ------------------------------------------------------------------ where a unit is active
+
+
+@pytest.mark.parametrize("colours", ["viridis", "cividis"])
+@pytest.mark.parametrize("corner", [(8, 8), (40, 24)])
+def test_a_heat_map_is_hot_where_the_unit_is_active(corner, colours):
+    picture = spot(*corner)
+    shown = heat(red_detector(), Unit("1", 0), pixels(picture), picture, unit_axis=1, colours=colours)
+    assert shown.size == picture.size
+    warmth = pixels(shown)[:2].sum(0)  # both maps end in yellow
+    hot = torch.zeros(64, 64, dtype=torch.bool)
+    hot[corner[1] : corner[1] + 8, corner[0] : corner[0] + 8] = True
+    assert warmth[hot].min() > warmth[~hot].quantile(0.99)
+    assert warmth[~hot].median() < warmth[hot].median() / 2
+
+
+def test_heat_goes_by_the_activation_that_is_called_most():
+    picture = spot(8, 8)
+    full, half = (
+        pixels(heat(red_detector(), Unit("1", 0), pixels(picture), picture, unit_axis=1, most=most, opacity=1))
+        for most in (None, 2 * 9.0)  # nine red pixels under the filter
+    )
+    assert (full[:, 12, 12] * 255).tolist() == pytest.approx([253, 231, 37], abs=1)  # the last of viridis
+    assert (half[:, 12, 12] * 255).tolist() == pytest.approx([33, 145, 140], abs=1)  # its middle
+
+
+class Tokens(nn.Module):
+    """Patches of 8×8 pixels as tokens, behind a class token and registers; the unit is the patch's red."""
+
+    def __init__(self, n_front: int):
+        super().__init__()
+        self.n_front, self.patches = n_front, nn.AvgPool2d(8)
+        self.tokens = nn.Identity()
+
+    def forward(self, images):
+        patches = self.patches(images).flatten(2).transpose(1, 2)  # (image, token, channel)
+        front = patches.new_full((len(images), self.n_front, 3), 9.0)
+        return self.tokens(torch.cat([front, patches], 1))
+
+
+@pytest.mark.parametrize("n_front", [0, 1, 5])
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (48, 32)])
+def test_tokens_are_laid_out_as_the_grid_they_were_cut_from(n_front, width, height):
+    picture = Image.new("RGB", (width, height))
+    picture.paste((255, 0, 0), (16, 8, 24, 16))
+    shown = heat(Tokens(n_front), Unit("tokens", 0), pixels(picture), picture, unit_axis=2, opacity=1)
+    hottest = pixels(shown)[0].argmax().item()
+    assert 8 <= hottest // width < 16 and 16 <= hottest % width < 24
+
+
+def test_positions_that_are_no_grid_and_units_that_are_not_there_are_said():
+    picture = spot(8, 8)
+    with pytest.raises(LayerError, match="positions 73, which are no grid"):
+        heat(Tokens(9), Unit("tokens", 0), pixels(picture), picture, unit_axis=2)
+    with pytest.raises(LayerError, match="units 0 to 0, asked for 4"):
+        heat(red_detector(), Unit("1", 4), pixels(picture), picture, unit_axis=1)
+
+
+# ------------------------------------------------------------------ how far a layer can see
+
+
+def chain(*layers: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*layers).eval()
+
+
+@pytest.mark.parametrize(
+    ("network", "layer", "size", "stride"),
+    [
+        (chain(nn.Conv2d(3, 4, 3), nn.ReLU()), "1", 3, 1),
+        (chain(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()), "3", 5, 1),
+        (chain(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3)), "2", 3 + 2 * 2, 2),
+        (chain(nn.Conv2d(3, 4, 7, stride=2, padding=3), nn.MaxPool2d(3, 2, 1), nn.Conv2d(4, 4, 3)), "2", 11 + 2 * 4, 4),
+        (chain(nn.Conv2d(3, 4, 3, dilation=4), nn.ReLU6()), "1", 9, 1),
+    ],
+)
+def test_a_receptive_field_is_that_of_the_arithmetic(network, layer, size, stride):
+    # each layer adds (kernel − 1)·dilation·(product of the strides before it)
+    field = receptive_field(network, layer, torch.rand(1, 3, 64, 64))
+    assert field == ReceptiveField((size, size), (stride, stride), whole=False)
+    assert count_hooks(network) == 0
+
+
+def test_a_field_that_fills_the_input_says_so():
+    class Squeezed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.gated = nn.Conv2d(3, 4, 3, padding=1), nn.Identity()
+
+        def forward(self, images):
+            maps = self.conv(images)
+            return self.gated(maps * maps.mean((2, 3), keepdim=True))
+
+    field = receptive_field(Squeezed().eval(), "gated", torch.rand(1, 3, 32, 32))
+    assert field.whole and field.size == (32, 32)
+    with pytest.raises(LayerError, match="no rows and columns"):
+        receptive_field(Tokens(1), "tokens", torch.rand(1, 3, 32, 32), unit_axis=2)

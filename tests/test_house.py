@@ -147,7 +147,7 @@ def test_nobody_seeds_the_world_or_unpickles():
 
 def test_heavy_packages_are_imported_where_they_are_used():
     for path in SOURCES:
-        if path.name == "cli.py":
+        if path.name in ("cli.py", "commands.py"):
             continue
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -5,21 +5,22 @@ import io
 import json
 import random
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 from viscircuits.circuit import Circuit, Edge, Unit
+from viscircuits.comparing import Comparison
+from viscircuits.connections import Connections
 from viscircuits.exemplars import Exemplar
-from viscircuits.page import MAX_EDGES, crossings, order_units, page, reveal
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
+from viscircuits.layout import columns, crossings, order_units, reveal
+from viscircuits.page import MAX_EDGES, page
+from viscircuits.probes import Probes
+from viscircuits.visualisations import Visualisation
 
 # ------------------------------------------------------------------ a circuit, its pictures, its figures
 
@@ -197,7 +198,7 @@ def test_hostile_text_stays_text(circuit):
     text = shown(circuit, title=hostile, command=hostile)
     assert "<script>alert" not in text
     assert held(text)["title"] == held(text)["command"] == hostile
-    assert len(re.findall(r"<script\b", text)) == len(re.findall(r"</script>", text)) == 2
+    assert len(re.findall(r"<script\b", text)) == len(re.findall(r"</script>", text)) == 4
 
 
 class Addresses(HTMLParser):
@@ -239,6 +240,144 @@ def test_a_tile_shows_the_picture_of_its_unit():
     for i, colour in colours.items():
         centre = [(n + 0.5) * sprite["tile"] for n in (i % sprite["columns"], i // sprite["columns"])]
         assert sheet.getpixel((int(centre[0]), int(centre[1]))) == pytest.approx(colour, abs=24)
+
+
+# ------------------------------------------------------------------ the further parts of a result
+
+
+def unpacked(text: str, kind: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), kind)
+
+
+def test_kernels_and_contributions_come_through_at_the_places_of_their_edges(circuit):
+    rng = np.random.default_rng(0)
+    pairs = tuple((edge.source, edge.target) for edge in circuit.edges[5:2:-1])  # in an order of their own
+    kernels = rng.normal(size=(3, 5, 5)).astype(np.float32)
+    kernels[1] = 0
+    given = rng.normal(size=(3, 2)).astype(np.float32)
+    made = Connections(pairs, kernels, ("a.jpg", "b.jpg"), given)
+    data = held(page(circuit, None, None, title="", command="", connections=made))
+    units = [str(unit) for unit in circuit]
+    ends = [(units[i], units[j]) for i, j in zip(data["edges"]["source"], data["edges"]["target"], strict=True)]
+    assert {ends[place] for place in data["kernels"]["edges"]} == {(str(a), str(b)) for a, b in pairs}
+    steps = unpacked(data["kernels"]["values"], "i1").reshape(3, 5, 5)
+    values = steps * np.array(data["kernels"]["scale"])[:, None, None] / 127
+    for place, kernel in zip(data["kernels"]["edges"], values, strict=True):
+        mine = kernels[pairs.index(tuple(unit_named(name) for name in ends[place]))]
+        assert kernel == pytest.approx(mine, abs=float(np.abs(mine).max()) / 254 + 1e-3)
+    assert data["contributions"]["images"] == ["a.jpg", "b.jpg"]
+    rows = unpacked(data["contributions"]["values"], "<f4").reshape(3, 2)
+    for place, row in zip(data["contributions"]["edges"], rows, strict=True):
+        assert row.tolist() == given[pairs.index(tuple(unit_named(name) for name in ends[place]))].tolist()
+
+
+def unit_named(name: str) -> Unit:
+    layer, _, index = name.rpartition(":")
+    return Unit(layer, int(index))
+
+
+def test_probes_are_put_in_the_order_of_the_circuit_and_say_what_was_not_looked_at(circuit):
+    units = tuple(reversed(list(circuit)))[:-1]  # without the first unit, and back to front
+    activations = np.arange(2 * len(units), dtype=np.float32).reshape(2, -1) - 3
+    colours = [(250, 0, 0), (0, 0, 250)]
+    pictures = tuple(Image.new("RGB", (20, 20), colour) for colour in colours)
+    answers = (({"index": 3, "label": "pug", "probability": 0.5},), ())
+    probes = Probes(("one", "two"), ("concept", "mine"), pictures, units, activations, answers)
+    data = held(page(circuit, None, None, title="", command="", probes=probes))["probes"]
+    expected = [dict(zip(map(str, units), row, strict=True)) for row in activations.tolist()]
+    for probe, row in zip(data["probes"], expected, strict=True):
+        assert probe["activations"] == [row.get(str(unit)) for unit in circuit]
+    most = np.abs(activations).max(0).tolist()
+    assert data["most"] == [0.0, *reversed(most)]
+    assert data["probes"][0]["answers"] == list(answers[0])
+    sheet = Image.open(io.BytesIO(base64.b64decode(data["sprite"]["uri"].split(",")[1]))).convert("RGB")
+    tile = data["sprite"]["tile"]
+    for i, colour in enumerate(colours):
+        assert sheet.getpixel((int((i + 0.5) * tile), tile // 2)) == pytest.approx(colour, abs=30)
+
+
+def test_visualisations_stand_at_their_units_and_others_are_left_out(circuit):
+    first, second = list(circuit)[:2]
+    image = Image.new("RGB", (16, 16))
+    made = [
+        Visualisation(second, "channel", image, 1.0, 2.0),
+        Visualisation(Unit("elsewhere", 0), "channel", image, 1.0, 2.0),
+        Visualisation(second, "channel, negative", image, 1.0, 2.0),
+        Visualisation(first, "channel", image, 1.0, 2.0),
+    ]
+    data = held(page(circuit, None, None, title="", command="", visualisations=made))
+    kinds = [[kind for _, kind in mine] for mine in data["visualisations"]]
+    assert kinds[:3] == [["channel"], ["channel", "channel, negative"], []]
+    assert sorted(tile for mine in data["visualisations"] for tile, _ in mine) == [0, 1, 2]
+
+
+def test_a_comparison_says_whose_each_unit_and_edge_is():
+    first, second = fake_circuit(3, 5, 30, seed=1), fake_circuit(3, 5, 30, seed=1)
+    gone = first.edges[0].source
+    second = Circuit(
+        {layer: tuple(i for i in indices if Unit(layer, i) != gone) for layer, indices in second.units.items()},
+        second.widths,
+        edges=tuple(edge for edge in second.edges if gone not in (edge.source, edge.target)),
+    )
+    comparison = Comparison(first, second, "other")
+    data = held(page(comparison.union(), fake_evaluation(), None, title="", command="", comparison=comparison))
+    units = [f"{layer['name']}:{index}" for layer in data["layers"] for index in layer["units"]]
+    members = dict(zip(units, data["comparison"]["member"], strict=True))
+    assert members.pop(str(gone)) == 1 and set(members.values()) == {3}
+    ends = zip(data["edges"]["source"], data["edges"]["target"], strict=True)
+    touching = [str(gone) in (units[i], units[j]) for i, j in ends]
+    assert [member == 1 for member in data["comparison"]["edge_member"]] == touching
+    assert data["sizes"] == {}  # nobody measured a part of a union
+
+
+def test_sizes_are_those_of_each_ablation(circuit):
+    evaluation = fake_evaluation()
+    other = {**evaluation["unit_curve"], "x": [0.0, 0.5, 1.0]}
+    removed = {"ablation": "zero", "unit_curve": other, "faithfulness": None}
+    evaluation["full"] = {"by_ablation": {"mean": {"removed": {"ablation": "mean"}}, "zero": {"removed": removed}}}
+    sizes = held(shown(circuit, evaluation))["sizes"]
+    assert [size["fraction"] for size in sizes["mean"]] == [0.1, 0.25, 0.5, 0.75, 1.0]
+    assert [size["fraction"] for size in sizes["zero"]] == [0.5, 1.0]
+    assert sizes["mean"][-1]["faithfulness"]["value"] == 0.41 and sizes["zero"][-1]["faithfulness"] is None
+
+
+# ------------------------------------------------------------------ columns, order of edges and of units
+
+
+def test_branches_share_a_column_and_what_joins_them_stands_behind_the_longest():
+    layers = ["stem", "left.1", "left.2", "right", "join"]
+    pairs = [("stem", "left.1"), ("left.1", "left.2"), ("left.2", "join"), ("stem", "right"), ("right", "join")]
+    assert columns(layers, pairs) == {"stem": 0, "left.1": 1, "left.2": 2, "right": 1, "join": 3}
+
+
+def test_an_edge_that_skips_a_layer_moves_nothing():
+    layers = ["a", "b", "c"]
+    chain = [("a", "b"), ("b", "c")]
+    assert columns(layers, [*chain, ("a", "c")]) == columns(layers, chain) == {"a": 0, "b": 1, "c": 2}
+
+
+def test_layers_without_edges_stand_one_after_another_in_their_place():
+    assert columns(["a", "b", "c"], []) == {"a": 0, "b": 1, "c": 2}
+    assert columns(["a", "lone", "b"], [("a", "b")]) == {"a": 0, "lone": 1, "b": 2}
+
+
+def test_a_layer_that_nothing_reaches_stands_just_before_what_it_reaches():
+    pairs = [("a", "b"), ("b", "c"), ("late", "c")]
+    assert columns(["a", "b", "late", "c"], pairs) == {"a": 0, "b": 1, "late": 1, "c": 2}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_edges_lead_to_later_columns_and_no_column_is_empty(seed):
+    rng = random.Random(seed)
+    layers = [f"l{i}" for i in range(12)]
+    pairs = [tuple(sorted(rng.sample(range(12), 2))) for _ in range(14)]
+    found = columns(layers, [(layers[a], layers[b]) for a, b in pairs])
+    assert all(found[layers[a]] < found[layers[b]] for a, b in pairs)
+    assert set(found.values()) == set(range(max(found.values()) + 1))
+
+
+def test_the_column_of_each_layer_is_in_the_page():
+    assert [layer["column"] for layer in held(shown(fake_circuit(4, 6, 80)))["layers"]] == [0, 1, 2, 3]
 
 
 # ------------------------------------------------------------------ order of edges and units
@@ -293,108 +432,95 @@ def test_ordering_never_adds_crossings(seed):
 # ------------------------------------------------------------------ in a browser
 
 
-@pytest.fixture
-def browse(tmp_path):
-    """Return a function that opens a page in headless Chromium and gives back the DOM it ends with."""
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine, so the page's script is not run")
-
-    def opened(text: str, fragment: str = "", width: int = 1400) -> str:
-        path = tmp_path / "index.html"
-        path.write_text(text, encoding="utf-8")
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        flags += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom"]
-        result = subprocess.run(
-            [CHROMIUM, *flags, path.as_uri() + fragment], capture_output=True, text=True, timeout=120
-        )
-        return result.stdout.split('<script type="application/json"')[0]
-
-    return opened
+def seen(page, panel: str = "evaluation") -> str:
+    return page.locator(f"#{panel}").inner_text()
 
 
-def assert_ran(dom: str) -> None:
-    assert re.search(r"<html[^>]*data-ready=\"1\"", dom)
-    assert not re.search(r"<html[^>]*data-error", dom)
+@pytest.mark.browser
+def test_the_script_draws_every_unit_and_the_figures(open_page, circuit):
+    page = open_page(shown(circuit, fake_evaluation(), fake_pictures(circuit)))
+    assert page.locator("#nodes .unit:visible").count() == circuit.n_units
+    assert "92\u202f% → 8\u202f%" in seen(page) and "not measured" in seen(page)  # completeness
+    assert page.locator("#evaluation figure svg").count() == 6
+    assert "dogs/find" in seen(page) and "dogs/test" in seen(page)
 
 
-def test_the_script_draws_every_unit_and_the_figures(browse, circuit):
-    dom = browse(shown(circuit, fake_evaluation(), fake_pictures(circuit)))
-    assert_ran(dom)
-    assert len(re.findall(r'<button class="unit', dom)) == circuit.n_units
-    assert "92\u202f% → 8\u202f%" in dom and "not measured" in dom  # completeness
-    assert dom.count("<figure>") >= 6
-    assert "dogs/find" in dom and "dogs/test" in dom
+@pytest.mark.browser
+def test_without_evaluation_or_pictures_the_page_says_so(open_page, circuit):
+    page = open_page(shown(circuit), f"#{next(iter(circuit))}")
+    assert "made without pictures" in seen(page, "unit")
+    page.get_by_role("tab", name="Evaluation").click()
+    assert "Not measured." in seen(page)
 
 
-def test_without_evaluation_or_pictures_the_page_says_so(browse, circuit):
-    dom = browse(shown(circuit), fragment=f"#{next(iter(circuit))}")
-    assert_ran(dom)
-    assert "Not measured." in dom and "made without pictures" in dom
-
-
-def test_images_that_served_twice_are_counted(browse, circuit):
+@pytest.mark.browser
+@pytest.mark.parametrize(("names", "told"), [(["a.jpg", "b.jpg", "c.jpg"], True), (["d.jpg"], False)])
+def test_images_that_served_twice_are_counted(open_page, circuit, names, told):
     evaluation = fake_evaluation()
-    evaluation["images"]["concept"]["names"] = ["a.jpg", "b.jpg", "c.jpg"]
+    evaluation["images"]["concept"]["names"] = names
     found = {**circuit.provenance, "images": {"address": "dogs", "n": 2, "names": ["c.jpg", "a.jpg"]}}
-    assert "2 test images also served to find" in browse(shown(replace(circuit, provenance=found), evaluation))
-    assert "also served" not in browse(shown(circuit, evaluation))
+    page = open_page(shown(replace(circuit, provenance=found), evaluation))
+    assert ("2 test images also served to find" in seen(page)) == told
+    assert ("also served" in seen(page)) == told
 
 
-def test_unit_edges_and_circuit_say_how_sure_they_are(browse, circuit):
-    dom = browse(shown(with_shares(circuit), fake_evaluation()), fragment=f"#{circuit.edges[0].source}")
-    assert_ran(dom)
-    assert "It is chosen in 19 of 20 bootstrap draws." in dom
-    assert " · 5 of 20 draws" in dom and " · 18 of 20 draws" in dom
-    assert "Would other images give this circuit?" in dom and "<b>0.81</b>" in dom and "0.88 [0.8, 0.93]" in dom
-    assert "Pale: chosen in less than half" in dom
-    plain = browse(shown(circuit, fake_evaluation()))
-    assert "bootstrap draws" not in plain and "Would other images" not in plain
+@pytest.mark.browser
+def test_unit_edges_and_circuit_say_how_sure_they_are(open_page, circuit):
+    page = open_page(shown(with_shares(circuit), fake_evaluation()), f"#{circuit.edges[0].source}")
+    assert "It is chosen in 19 of 20 bootstrap draws." in seen(page, "unit")
+    assert " · 5 of 20 draws" in seen(page, "unit") and " · 18 of 20 draws" in seen(page, "unit")
+    page.get_by_role("tab", name="Evaluation").click()
+    assert "Would other images give this circuit?" in seen(page) and "0.88 [0.8, 0.93]" in seen(page)
+    assert "bootstrap draws" in page.locator("#legend").inner_text()
 
 
-def test_an_evaluation_may_lack_any_entry(browse, circuit):
+@pytest.mark.browser
+def test_without_bootstrap_draws_nothing_is_said_about_them(open_page, circuit):
+    page = open_page(shown(circuit, fake_evaluation()))
+    assert "bootstrap" not in page.locator("body").inner_text() and "Would other images" not in seen(page)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("bare", [False, True])
+def test_an_evaluation_may_lack_any_entry(open_page, circuit, bare):
     whole = fake_evaluation()
     partial = {key: value for key, value in whole.items() if key not in ("baseline", "images", "edge_curve")}
     partial["circuits"] = [{"name": "circuit", "concept": {"cosine": about(0.4)}}]
     partial["measure"] = "cosine"
-    assert_ran(browse(shown(circuit, partial)))
-    assert_ran(browse(shown(circuit, {"schema": "viscircuits/evaluation", "version": 1})))
+    page = open_page(shown(circuit, {"schema": "viscircuits/evaluation", "version": 1} if bare else partial))
+    assert ("keeps a cosine similarity of 0.4" in seen(page)) != bare
+    assert ("was not measured" in seen(page)) == bare
 
 
-def test_a_permanent_link_opens_the_unit_it_names(browse, circuit):
+@pytest.mark.browser
+def test_a_short_link_opens_the_unit_it_names(open_page, circuit):
     unit = circuit.edges[0].source
-    dom = browse(shown(circuit, pictures=fake_pictures(circuit)), fragment=f"#{unit}")
-    assert re.search(r'<button class="unit[^"]*chosen[^>]*>', dom)
-    assert f"<h2>{unit}</h2>" in dom and "Strongest outgoing" in dom
+    page = open_page(shown(circuit, pictures=fake_pictures(circuit)), f"#{unit}")
+    assert page.locator("#nodes [aria-current=true]").count() == 1
+    assert page.locator("#unit h2").inner_text() == str(unit) and "Strongest outgoing" in seen(page, "unit")
 
 
-def pressing(text: str, *keys: str) -> str:
-    presses = "".join(
-        f"document.body.dispatchEvent(new KeyboardEvent('keydown', {{key: '{key}', bubbles: true}}));" for key in keys
-    )
-    return text.replace("</body>", f"<script>{presses}</script></body>")
-
-
-def chosen(dom: str) -> list[str]:
-    return re.findall(r'aria-label="Unit (\d+) of ([^,"]+)[^>]*aria-current="true"', dom)
-
-
-def test_arrow_keys_walk_along_the_strongest_edge_and_escape_clears(browse, circuit):
+@pytest.mark.browser
+def test_arrow_keys_walk_along_the_strongest_edge_and_escape_clears(open_page, circuit):
     first = circuit.edges[0].source
     strongest = max((edge for edge in circuit.edges if edge.source == first), key=lambda edge: edge.score).target
-    there = browse(pressing(shown(circuit), "ArrowRight"), fragment=f"#{first}")
-    assert_ran(there)
-    assert chosen(there) == [(str(strongest.index), strongest.layer)]
-    assert chosen(browse(pressing(shown(circuit), "ArrowRight", "Escape"), fragment=f"#{first}")) == []
+    page = open_page(shown(circuit), f"#{first}")
+    page.keyboard.press("ArrowRight")
+    chosen = page.locator("#nodes [aria-current=true]")
+    assert chosen.get_attribute("aria-label").startswith(f"Unit {strongest.index} of {strongest.layer},")
+    assert page.evaluate("document.activeElement.getAttribute('aria-current')") == "true"  # the keyboard went along
+    page.keyboard.press("Escape")
+    assert chosen.count() == 0
 
 
-def test_a_circuit_of_one_layer_and_no_edges_is_drawn(browse):
-    dom = browse(shown(Circuit({"relu": (1, 4)}, {"relu": 8})))
-    assert_ran(dom)
-    assert "no edges" in dom
+@pytest.mark.browser
+def test_a_circuit_of_one_layer_and_no_edges_is_drawn(open_page):
+    page = open_page(shown(Circuit({"relu": (1, 4)}, {"relu": 8})))
+    assert page.locator("#nodes .unit:visible").count() == 2
+    assert page.locator("#shown").inner_text() == "no edges"
 
 
-def test_a_thousand_units_are_drawn(browse):
-    circuit = fake_circuit(12, 100, 6_000)
-    dom = browse(shown(circuit, fake_evaluation()))
-    assert_ran(dom)
-    assert len(re.findall(r'<button class="unit', dom)) == 1200
+@pytest.mark.browser
+def test_a_thousand_units_are_drawn(open_page):
+    page = open_page(shown(fake_circuit(12, 100, 6_000), fake_evaluation()))
+    assert page.locator("#nodes .unit:visible").count() == 1200

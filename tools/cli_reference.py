@@ -29,21 +29,30 @@ def reference(app: Any) -> str:
     """Return the reference page of a Typer application."""
     from typer.main import get_command
 
-    group: Any = get_command(app)
-    sections = [command_section(command) for command in group.commands.values() if not command.hidden]
-    return "\n".join([HEADER, *sections])
+    return "\n".join([HEADER, *_sections(get_command(app), "")])
 
 
-def command_section(command: Any) -> str:
+def _sections(group: Any, above: str) -> list[str]:
+    found = []
+    for command in group.commands.values():
+        if hasattr(command, "commands"):
+            found += _sections(command, f"{above}{command.name} ")
+        elif not command.hidden:
+            found.append(command_section(command, above))
+    return found
+
+
+def command_section(command: Any, above: str = "") -> str:
     """Return one command's heading, usage, help text and table."""
     shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
     arguments = [parameter for parameter in shown if parameter.param_type_name == "argument"]
     options = [parameter for parameter in shown if parameter.param_type_name == "option"]
-    usage = " ".join([PROGRAM, command.name, *map(argument_usage, arguments), *(["[OPTIONS]"] if options else [])])
+    name = above + command.name
+    usage = " ".join([PROGRAM, name, *map(argument_usage, arguments), *(["[OPTIONS]"] if options else [])])
     rows = [f"| {names(each)} | {meaning(each)} | {default(each)} |" for each in arguments + options]
     table = ["| | meaning | default |", "|---|---|---|", *rows, ""] if rows else []
     texts = [help_text(text) + "\n" for text in (command.help, command.epilog) if text]
-    return "\n".join([f"## {command.name}", "", f"    {usage}", "", *texts, *table])
+    return "\n".join([f"## {name}", "", f"    {usage}", "", *texts, *table])
 
 
 def help_text(text: str) -> str:

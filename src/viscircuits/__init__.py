@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from viscircuits.errors import ViscircuitsError as ViscircuitsError
     from viscircuits.evaluation import Evaluation as Evaluation
     from viscircuits.evaluation import evaluate as evaluate
+    from viscircuits.featurevis.objectives import channel as channel
+    from viscircuits.featurevis.objectives import direction as direction
+    from viscircuits.featurevis.objectives import diversity as diversity
+    from viscircuits.featurevis.objectives import neuron as neuron
+    from viscircuits.featurevis.render import render as render
     from viscircuits.hooks import record as record
     from viscircuits.hooks import rewrite as rewrite
     from viscircuits.images import ImageSet as ImageSet
@@ -57,6 +62,8 @@ _ROOMS = {
     "editing": ("Edited", "edit"),
     "errors": ("ViscircuitsError",),
     "evaluation": ("Evaluation", "evaluate"),
+    "featurevis.objectives": ("channel", "direction", "diversity", "neuron"),
+    "featurevis.render": ("render",),
     "hooks": ("record", "rewrite"),
     "images": ("ImageSet", "batches", "open_images", "split"),
     "matrices": ("AttributionMatrix", "Attributions"),

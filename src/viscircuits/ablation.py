@@ -391,13 +391,20 @@ class _EdgePruning(_Replacing):
                 "call model.eval() first"
             )
         if not self.ordered:
-            found = describe_layers(as_spec(self.model), images, {*self.widths, *self.pruned})
+            found = self._find({*self.widths, *self.pruned}, images)
             self.layers.update({layer.address: layer for layer in found})
             self._check_edges([layer.address for layer in found])
             self.ordered = [layer.address for layer in found if layer.address in self.pruned]
         self.recomputed, self.replacements = {}, {}
         for target in self.ordered:
             self.recomputed[target] = self._recompute(target, images)
+
+    def _find(self, wanted: set[str], images: Tensor) -> list[Layer]:
+        """These layers in execution order: as the reference has them, or if it lacks one by running the network."""
+        known = self.reference.layers
+        if wanted <= known.keys():
+            return [known[address] for address in known if address in wanted]
+        return describe_layers(as_spec(self.model), images, wanted)
 
     def _check_edges(self, order: Sequence[str]) -> None:
         for target, pruned in self.pruned.items():

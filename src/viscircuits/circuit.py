@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from viscircuits.errors import FileFormatError, ViscircuitsError
 from viscircuits.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SCHEMA = "viscircuits/circuit"
 VERSION = 1
@@ -169,6 +172,28 @@ class Circuit:
         provenance = {"made of": [dict(self.provenance), dict(other.provenance)]}
         same = dict(self.provenance) == dict(other.provenance)
         return Circuit(units, self.widths, edges=edges, provenance=self.provenance if same else provenance)
+
+    # ------------------------------------------------------------------ to be looked at
+
+    @property
+    def size(self) -> str:
+        """How large it is, in words."""
+        counts = ((self.n_units, "unit"), (len(self.layers), "layer"), (len(self.edges), "edge"))
+        return "{} in {}, {}".format(*(f"{n} {what}{'' if n == 1 else 's'}" for n, what in counts))
+
+    def __repr__(self) -> str:
+        return f"Circuit({self.size})"
+
+    def _repr_html_(self) -> str:
+        from viscircuits.drawing import to_html
+
+        return to_html(self)
+
+    def plot(self, pictures: Mapping[Unit, Any] | None = None, **options: Any) -> Figure:
+        """A figure for a paper, with options as for `viscircuits.plot.plot`; needs matplotlib."""
+        from viscircuits.plot import plot
+
+        return plot(self, pictures, **options)
 
     # ------------------------------------------------------------------ JSON
 

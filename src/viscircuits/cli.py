@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from viscircuits.errors import ViscircuitsError
+from viscircuits.experiments.commands import app as experiments
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,7 @@ Ablation = Literal["zero", "mean", "resample", "noise"]
 Suite = Literal["basic", "full"]
 Engine = Literal["auto", "loop", "structured"]
 Dtype = Literal["float32", "bfloat16"]
+Format = Literal["graphml", "neuronpedia", "csv"]
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Images = Annotated[str, typer.Argument(metavar="IMAGES", help=IMAGES_HELP)]
@@ -417,6 +419,10 @@ def edit(
     reference: Annotated[
         str | None, typer.Option(metavar="IMAGES", help="For mean ablation; default that of the circuit.")
     ] = None,
+    circuit: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Other units of the same network to remove, in a circuit's JSON file."),
+    ] = None,
     ablation: Annotated[
         Ablation | None,
         typer.Option(help="zero or mean; default that of the circuit."),
@@ -434,6 +440,7 @@ def edit(
         onnx=onnx,
         images=images,
         reference=reference,
+        circuit=circuit,
         ablation=ablation,
         weights=weights,
     )
@@ -449,20 +456,112 @@ def edit(
         typer.echo(f"{onnx}: under onnxruntime differs by {onnx_difference:.1e}")
 
 
-@app.command(epilog="Example: `viscircuits view dogs`")
+@app.command(
+    epilog="Example: `viscircuits view dogs`\n\nTwo circuits in one: `viscircuits view dogs --with cats`\n\n"
+    "With the network behind it: `viscircuits view dogs --serve`"
+)
 @_reports_mistakes
 def view(
     folder: Folder,
+    other: Annotated[
+        Path | None,
+        typer.Option("--with", metavar="DIR", help="Lay another circuit over it, in DIR/compared.html."),
+    ] = None,
+    among: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR,DIR,…", help="Say of units in which of these circuits they are; default the folders beside it."
+        ),
+    ] = None,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open it, or only print where it is.")] = True,
+    served: Annotated[
+        bool, typer.Option("--serve", help="With the network behind it, for surgery; until Ctrl-C, on this machine.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Served: where to listen; 0 for any free port.", min=0, max=65535)] = 0,
+    images: Annotated[
+        str | None,
+        typer.Option(metavar="IMAGES", help="Served: to measure accuracy on; default those of the test."),
+    ] = None,
+    others: Annotated[str | None, typer.Option(metavar="IMAGES", help="Served: the same, without the concept.")] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="IMAGES", help="Served: for mean, resample and noise; default those of the circuit."),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="auto|none|FILE", help="Served: classes of the images; default as in the test."),
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Served: if the model's weights are elsewhere now.")] = None,
 ) -> None:
-    """Draw a result folder's page anew and open it."""
-    from viscircuits.bundle import Bundle
+    """Draw a result folder's page anew, with whatever notes and visualisations it now holds, and open it."""
+    given = {"images": images, "others": others, "reference": reference, "labels": labels, "weights": weights}
+    if served:
+        _serve(folder, port, browser, other, among, given)
+        return
+    _check_served(port, given)
+    from viscircuits.bundle import page_of
     from viscircuits.files import write_atomically
 
-    path = write_atomically(folder / "index.html", Bundle.load(folder).page())
+    html = page_of(folder, other=other, among=_listed("--among", among))
+    path = write_atomically(folder / ("index.html" if other is None else "compared.html"), html)
     typer.echo(str(path))
     if browser:
         webbrowser.open(path.resolve().as_uri())
+
+
+@app.command(
+    epilog="Example: `viscircuits render lite0 blocks.4.0.bn2:17,blocks.4.0.bn2:50 --out pictures`\n\n"
+    "For a result, into its folder and its page: `viscircuits render dogs`"
+)
+@_reports_mistakes
+def render(
+    what: Annotated[str, typer.Argument(metavar="MODEL|DIR", help=f"{MODEL_HELP} Or a folder that `discover` wrote.")],
+    units: Annotated[
+        str | None, typer.Argument(metavar="LAYER:INDEX,…", help="Of the model; of a folder its strongest units.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where pictures of the model's units are put.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Of gradient ascent.")] = 64,
+    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 128,
+    per_layer: Annotated[int, typer.Option(help="Units of each layer of a folder's circuit.")] = 4,
+    negative: Annotated[bool, typer.Option("--negative", help="Also what lowers each unit.")] = False,
+    diversity: Annotated[int, typer.Option(help="Pictures of each unit, kept unlike each other.")] = 1,
+    images: Annotated[
+        str | None,
+        typer.Option(metavar="IMAGES", help="Search these for how strongly images excite the model's units."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="default, none or a file; of a folder: where they are now.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Make pictures that excite units as strongly as can be found, from noise (feature visualisation).
+
+    A run that was stopped goes on from the pictures that are finished.
+    """
+    from viscircuits.visualising import parse_units, visualise_circuit, visualise_units
+
+    options: dict[str, Any] = {"steps": steps, "size": size, "negative": negative, "diverse": diversity, "seed": seed}
+    if units is None:
+        if not Path(what).is_dir():
+            raise ViscircuitsError(f"{what!r} is no folder; to picture a model's units, name them: LAYER:INDEX,…")
+        folder = Path(what)
+        found = visualise_circuit(folder, per_layer=per_layer, weights=weights, progress=True, **options)
+    else:
+        folder = out or Path("visualisations")
+        spec, chosen = _load(what, weights or "default"), parse_units(units)
+        found = visualise_units(spec, chosen, folder, images=images, progress=True, **options)
+    if as_json:
+        typer.echo((folder / "visualisations.json").read_text(encoding="utf-8"), nl=False)
+        return
+    table = [("unit", "picture of", "objective", "activation", "strongest image")]
+    for each in found:
+        strongest = "–" if each.exemplar_activation is None else f"{each.exemplar_activation:.4g}"
+        table.append((str(each.unit), each.kind, f"{each.objective:.4g}", f"{each.activation:.4g}", strongest))
+    typer.echo(_aligned(table))
+    typer.echo(f"see {folder / ('index.html' if units is None else 'visualisations')}")
 
 
 @app.command(epilog="Example: `viscircuits compare dogs cats`")
@@ -502,6 +601,29 @@ def compare(
     typer.echo(_aligned(table))
 
 
+@app.command(epilog="Example: `viscircuits export dogs --format graphml --out dogs.graphml`")
+@_reports_mistakes
+def export(
+    folder: Folder,
+    kind: Annotated[
+        Format, typer.Option("--format", help="GraphML, Neuronpedia's attribution graph, or tables of edges and units.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to; tables: also FILE with -units in its name.")],
+    as_json: Json = False,
+) -> None:
+    """Write a circuit, with the names people gave its units, in the format of another tool."""
+    from viscircuits.bundle import Bundle
+    from viscircuits.exports import export as write
+
+    bundle = Bundle.load(folder)
+    written = write(bundle.circuit, kind, out, title=bundle.title, notes=bundle.notes)
+    if as_json:
+        typer.echo(json.dumps({"format": kind, "files": [str(path) for path in written]}))
+        return
+    for path in written:
+        typer.echo(f"{path}: {bundle.circuit.n_units} units, {len(bundle.circuit.edges)} edges")
+
+
 @app.command(epilog="Example: `viscircuits demo --out demo`")
 @_reports_mistakes
 def demo(
@@ -520,12 +642,44 @@ def demo(
         )
 
 
+for _entry in experiments.registered_commands:
+    _entry.callback = _reports_mistakes(_entry.callback)  # type: ignore[arg-type]
+app.add_typer(experiments, name="experiment")
+
+
 def main() -> None:
     """Run the command line."""
     app()
 
 
 # ------------------------------------------------------------------ below: what commands share
+
+
+def _serve(
+    folder: Path, port: int, browser: bool, other: Path | None, among: str | None, given: Mapping[str, str | None]
+) -> None:
+    from viscircuits.server import serve
+
+    if other is not None or among is not None:
+        raise ViscircuitsError("--serve shows one circuit; leave --with and --among out, or --serve")
+
+    def ready(address: str) -> None:
+        typer.echo(address)
+        typer.echo("only this address opens the page; press Ctrl-C to end", err=True)
+        if browser:
+            webbrowser.open(address)
+
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if given["labels"] == "none":
+        options["labels"] = None
+    serve(folder, port=port, ready=ready, progress=True, **options)
+    typer.echo("ended", err=True)
+
+
+def _check_served(port: int, given: Mapping[str, str | None]) -> None:
+    named = [name for name, value in given.items() if value is not None] + (["port"] if port else [])
+    if named:
+        raise ViscircuitsError(f"--{named[0]} is for a served page; add --serve")
 
 
 def _load(model: str, weights: str) -> ModelSpec:

@@ -5,7 +5,8 @@
    with if it was begun there).
 3. `select` the units, and ask the bootstrap draws how sure each is; nothing here needs the network.
 4. `evaluate` on the second part, beside the controls.
-5. `exemplars`: what excites each chosen unit.
+5. Pictures: what excites each chosen unit (`exemplars`), what its edges are made of (`connect`), what units and outputs
+   make of some of the test images (`probe`).
 6. Everything into one folder, with its page.
 """
 
@@ -32,14 +33,17 @@ from viscircuits.budget import ENGINES
 from viscircuits.bundle import Bundle
 from viscircuits.circuit import Circuit, Unit
 from viscircuits.confidence import Stable, confidence
+from viscircuits.connecting import connect
 from viscircuits.editing import Edited, edit
 from viscircuits.errors import FileFormatError, ImageError, ModelError, ViscircuitsError
 from viscircuits.evaluation import Evaluation, evaluate
 from viscircuits.exemplars import Exemplar, exemplars
 from viscircuits.files import write_atomically
 from viscircuits.images import ImageSet, Source, batches, open_images, split
+from viscircuits.layout import strongest
 from viscircuits.matrices import CONTRASTS, Attributions
 from viscircuits.models import ModelSpec, as_spec, load_model
+from viscircuits.probing import probe
 from viscircuits.running import N_DIGEST, Seen
 from viscircuits.scores.formulas import SCORES, SUMMARIES, choose
 from viscircuits.selection import REFINEMENTS, select, units_per_layer
@@ -54,6 +58,7 @@ MOST_KEPT = 2**28  # bytes of draws that a finished discovery keeps; more are so
 CHECKPOINT = "attributions.parts"  # sums of an attribution that has not come to its end
 BATCH_SIZE = 8  # images per forward pass, but for attribution
 N_CHECKED = 16  # images an edit is compared on
+N_PROBES = 8  # test images of each set that are kept with the result
 MOST_TO_FIND = 32  # images used to find a circuit unless told otherwise: more changes little, see docs/results.md
 
 
@@ -131,7 +136,7 @@ def discover(
     draws, edge_fractions
         As for `evaluate`.
     n_pictures
-        Image regions shown for each unit; 0 for none.
+        Image regions shown for each unit; 0 for none, and then edges and probes are not looked at either.
     n_pictured
         Units of each layer that get pictures: those with the highest scores.
     title
@@ -152,7 +157,7 @@ def discover(
     Returns
     -------
     Bundle
-        Circuit, attributions, evaluation and pictures. Under ``torchrun`` every worker but the
+        Circuit, attributions, evaluation, pictures, connections and probes. Under ``torchrun`` every worker but the
         first gets the circuit and its attributions alone, and writes nothing.
 
     Raises
@@ -201,6 +206,8 @@ def discover(
     axes = {layer.address: layer.unit_axis for layer in chain}
     pictures = _pictures(spec, strongest(circuit, n_pictured), concept, axes, n_pictures, per_pass, progress)
     bundle = Bundle(circuit, attributions, evaluation, pictures, title, command)
+    if n_pictures:
+        bundle = _looked_into(bundle, spec, concept, tested, untested, per_pass, progress)
     if out is not None:
         bundle.save(out)
         _put_draws_away(Path(out), bootstrap, MOST_KEPT)
@@ -326,16 +333,6 @@ def concept_name(images: Source) -> str:
     return Path(str(images).split(",")[0]).stem.removeprefix("render:") if isinstance(images, str | Path) else "concept"
 
 
-def strongest(circuit: Circuit, n: int) -> list[Unit]:
-    """The `n` units of each layer with the highest scores, in the circuit's order."""
-    found = []
-    for layer, indices in circuit.units.items():
-        scores = circuit.scores.get(layer) or (0.0,) * len(indices)
-        ranked = sorted(zip(indices, scores, strict=True), key=lambda pair: -pair[1])[:n]
-        found += [Unit(layer, index) for index in sorted(index for index, _ in ranked)]
-    return found
-
-
 def evaluate_again(
     folder: str | Path,
     images: Source,
@@ -420,6 +417,7 @@ def edit_from(
     onnx: str | Path | None = None,
     images: Source | None = None,
     reference: Source | None = None,
+    circuit: str | Path | None = None,
     ablation: str | None = None,
     weights: str | Path | None = None,
 ) -> tuple[Edited, float | None]:
@@ -435,6 +433,8 @@ def edit_from(
         Where the ONNX file goes, if there shall be one.
     images, reference
         To check on, and to take means from; by default the images the circuit was found with.
+    circuit
+        A file with other units of the same network, to remove in place of the folder's circuit.
     ablation
         By default the circuit's own.
     weights
@@ -450,16 +450,17 @@ def edit_from(
     bundle = Bundle.load(folder)
     provenance = bundle.circuit.provenance
     spec = model_of(bundle.circuit, weights)
+    removed = bundle.circuit if circuit is None else _of_same_network(Circuit.load(circuit), provenance)
     ablation = ablation or provenance.get("ablation", "zero")
     statistics = None
     if ablation != "zero":
         background = _reference_of(bundle.circuit, ablation, reference)
-        statistics = measure(spec, background, bundle.circuit.layers, n_samples=0)
-    checked = open_images(images, limit=N_CHECKED) if images is not None else _found_with(provenance, "images")
+        statistics = measure(spec, background, removed.layers, n_samples=0)
+    checked = open_images(images, limit=N_CHECKED) if images is not None else found_with(provenance, "images")
     batch = next(iter(batches(checked, spec.transform, N_CHECKED)), None)
     if batch is None:
         raise ImageError("no image could be read to check the edit on; give some (--images IMAGES)")
-    edited = edit(spec, bundle.circuit, batch.images, ablation=ablation, reference=statistics)
+    edited = edit(spec, removed, batch.images, ablation=ablation, reference=statistics)
     edited.save(out)
     return edited, None if onnx is None else edited.export_onnx(onnx, batch.images)
 
@@ -485,6 +486,77 @@ def model_of(circuit: Circuit, weights: str | Path | None = None) -> ModelSpec:
     return spec
 
 
+def found_with(provenance: Mapping[str, Any], what: str) -> ImageSet:
+    """The very images of a set, ``images`` or ``reference``, that a circuit was found with, opened again.
+
+    Raises
+    ------
+    ImageError
+        If they are gone, or nothing says where they were.
+    """
+    if what not in provenance.get("sources", {}):
+        raise ImageError(f"the circuit does not say which images it was found with; name some (--{what} IMAGES)")
+    try:
+        images = open_images(provenance["sources"][what])
+    except ImageError as error:
+        raise ImageError(f"the images of the circuit are gone: {error} Or name any (--{what} IMAGES).") from error
+    names = provenance[what]["names"]
+    if callable(images.entries):  # a stream: found again by its place
+        held = split(images, provenance.get("find_with") or len(names), provenance["seed"])[0].entries
+        return ImageSet(images.address, lambda: islice(held() if callable(held) else held, len(names)))
+    part = ImageSet(images.address, [entry for entry in images.entries if entry.name in set(names)])
+    same = {picture.digest[:N_DIGEST] for picture in part}.intersection(provenance[what]["digests"])
+    if len(same) != len(set(provenance[what]["digests"])):
+        raise ImageError(
+            f"{images.address!r} holds {len(same)} of the {len(names)} images the circuit was found with; "
+            f"name some (--{what} IMAGES)"
+        )
+    return part
+
+
+def tested_on(circuit: Circuit, evaluation: Evaluation | None, what: str) -> ImageSet:
+    """The images of a set, ``concept`` or ``others``, that a circuit was tested on, opened again.
+
+    Without an evaluation they are all that did not find it.
+
+    Raises
+    ------
+    ImageError
+        If they are gone, nothing says where they were, or the test had images of its own.
+    """
+    made, source = circuit.provenance, {"concept": "images", "others": "reference"}[what]
+    option = {"concept": "--images IMAGES", "others": "--others IMAGES"}[what]
+    described = {} if evaluation is None else evaluation.data["images"].get(what, {})
+    if source not in made.get("sources", {}) or (evaluation is not None and not described):
+        raise ImageError(f"nothing says which {what} images the circuit was tested on; name some ({option})")
+    try:
+        images = open_images(made["sources"][source])
+    except ImageError as error:
+        raise ImageError(f"the {what} images of the test are gone: {error} Or name any ({option}).") from error
+    found = set(made[source]["names"])
+    if callable(images.entries):  # a stream: its rest, as far as it was read
+        rest = split(images, made.get("find_with") or len(found), made["seed"])[1]
+        return open_images(rest, limit=described.get("n"))
+    tested = set(described.get("names", (entry.name for entry in images.entries))) - found
+    part = ImageSet(images.address, [entry for entry in images.entries if entry.name in tested])
+    if not len(part) or (described and len(part) != described["n"]):
+        raise ImageError(
+            f"{images.address!r} holds {len(part)} of the {described.get('n', 'some')} {what} images of the test; "
+            f"name some ({option})"
+        )
+    return part
+
+
+def _of_same_network(circuit: Circuit, provenance: Mapping[str, Any]) -> Circuit:
+    """The circuit, unless it says that it was found in other weights."""
+    if circuit.provenance.get("weights", provenance["weights"]) != provenance["weights"]:
+        raise ViscircuitsError(
+            "the units to remove (--circuit FILE) are of a network with other weights than the folder's circuit; "
+            "give a circuit of the same network"
+        )
+    return circuit
+
+
 def _ablations(asked: str | Sequence[str] | None, circuit: Circuit, suite: str, has_reference: bool) -> tuple[str, ...]:
     """Under which ablations to evaluate, the first one foremost."""
     choose({"basic": evaluate, "full": evaluate_fully}, suite, "suite")
@@ -503,8 +575,8 @@ def _ablations(asked: str | Sequence[str] | None, circuit: Circuit, suite: str, 
 def _found_sets(circuit: Circuit) -> tuple[ImageSet, ImageSet | None] | None:
     """The images that the circuit was found with, as far as they can still be opened."""
     try:
-        concept = _found_with(circuit.provenance, "images")
-        return concept, _found_with(circuit.provenance, "reference") if "reference" in circuit.provenance else None
+        concept = found_with(circuit.provenance, "images")
+        return concept, found_with(circuit.provenance, "reference") if "reference" in circuit.provenance else None
     except ImageError:
         return None
 
@@ -530,29 +602,7 @@ def _reference_of(circuit: Circuit, ablation: str, given: Source | None) -> Imag
         return open_images(given)
     if "reference" not in circuit.provenance:
         raise ViscircuitsError(f"ablation {ablation!r} needs reference images (--reference IMAGES), or use 'zero'")
-    return _found_with(circuit.provenance, "reference")
-
-
-def _found_with(provenance: Mapping[str, Any], what: str) -> ImageSet:
-    """The very images of a set that a circuit was found with, opened again."""
-    if what not in provenance.get("sources", {}):
-        raise ImageError(f"the circuit does not say which images it was found with; name some (--{what} IMAGES)")
-    try:
-        images = open_images(provenance["sources"][what])
-    except ImageError as error:
-        raise ImageError(f"the images of the circuit are gone: {error} Or name any (--{what} IMAGES).") from error
-    names = provenance[what]["names"]
-    if callable(images.entries):  # a stream: found again by its place
-        held = split(images, provenance.get("find_with") or len(names), provenance["seed"])[0].entries
-        return ImageSet(images.address, lambda: islice(held() if callable(held) else held, len(names)))
-    part = ImageSet(images.address, [entry for entry in images.entries if entry.name in set(names)])
-    same = {picture.digest[:N_DIGEST] for picture in part}.intersection(provenance[what]["digests"])
-    if len(same) != len(set(provenance[what]["digests"])):
-        raise ImageError(
-            f"{images.address!r} holds {len(same)} of the {len(names)} images the circuit was found with; "
-            f"name some (--{what} IMAGES)"
-        )
-    return part
+    return found_with(circuit.provenance, "reference")
 
 
 def _check_numbers(**given: tuple[int, int]) -> None:
@@ -800,3 +850,21 @@ def _pictures(
     except ImageError as error:
         warnings.warn(f"the result has no pictures of its units: {error}", stacklevel=3)
         return {}
+
+
+def _looked_into(
+    bundle: Bundle,
+    spec: ModelSpec,
+    found: ImageSet,
+    tested: ImageSet,
+    untested: ImageSet | None,
+    batch_size: int,
+    progress: bool,
+) -> Bundle:
+    """The bundle with its edges looked into on the images that found it, and with probes from those that test it."""
+    connections = connect(spec, bundle.circuit, found, progress=progress)
+    if spec.transform is None:
+        return replace(bundle, connections=connections)
+    sets = {"concept": tested} if untested is None else {"concept": tested, "reference": untested}
+    probes = probe(spec, bundle.circuit, sets, most=N_PROBES, batch_size=batch_size)
+    return replace(bundle, connections=connections, probes=probes)

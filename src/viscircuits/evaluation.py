@@ -2,7 +2,8 @@
 
 1. Conditions: the untouched network; the circuit removed; control circuits of the same size per
    layer removed (random draws, most active, most raised over the reference, largest weights);
-   the same for parts of each circuit; everything but the circuit removed; everything removed;
+   the same for parts of each circuit; everything but the circuit, or but a part of it, or but a random
+   circuit of that size removed; everything removed;
    the circuit's edges between two layers removed, a fraction at a time, by score and in random
    order.
 2. Each batch of images runs under every condition and is forgotten; kept is one number per image,
@@ -35,7 +36,7 @@ from viscircuits.errors import FileFormatError, ImageError, ViscircuitsError
 from viscircuits.files import write_atomically
 from viscircuits.images import batches
 from viscircuits.matrices import Attributions
-from viscircuits.metrics import Interval, bootstrap, completeness, faithfulness, share_interval
+from viscircuits.metrics import Interval, bootstrap, faithfulness, share_interval
 from viscircuits.models import ModelSpec, as_spec
 from viscircuits.scores.controls import CONTROLS
 from viscircuits.scores.formulas import choose
@@ -57,6 +58,7 @@ SCHEMA = "viscircuits/evaluation"
 VERSION = 1
 FULL_VERSION = 1  # of what the full suite adds (`viscircuits.suite`)
 N_BOOTSTRAP = 1000
+N_KEPT = 3  # random circuits that are kept alone at each size
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ def evaluate(
     draws
         How many random circuits.
     unit_fractions
-        Parts of each circuit for the curve over units, 0 left out.
+        Parts of each circuit for the curve over units, 0 left out: each is removed, and of the circuit and up to
+        three random ones also kept alone.
     edge_fractions
         Parts of the edges for the curve over edges, 0 left out; empty for no such curve.
     edge_layers
@@ -203,8 +206,9 @@ def evaluate(
     described: dict[str, Any] = {}
     used = set().union(*(used_to_find(each.provenance) for drawn in circuits.values() for each in drawn))
     for name, images in sets.items():
+        asked = {key: opener for key, opener in conditions.items() if name == "concept" or not is_kept(key)}
         outcomes[name], described[name] = run_trials(
-            spec, images, conditions, class_of, used=used, batch_size=batch_size, what=name, progress=progress
+            spec, images, asked, class_of, used=used, batch_size=batch_size, what=name, progress=progress
         )
     return Evaluation(
         {
@@ -237,8 +241,8 @@ def summed_up(
             {"name": name, "draws": len(drawn), "n_units": drawn[0].n_units, **report.fall(keys_of(name, drawn, 1.0))}
             for name, drawn in circuits.items()
         ],
-        "faithfulness": report.ratio(faithfulness, ("kept",)),
-        "completeness": report.ratio(completeness, key_of("circuit", 0, 1.0)),
+        "faithfulness": report.ratio([("kept",)]),
+        "completeness": report.ratio([key_of("circuit", 0, 1.0)]),
         "unit_curve": _unit_curve(report, circuits if curved is None else curved, unit_fractions),
         "edge_curve": _edge_curve(report, edges, edge_fractions),
     }
@@ -365,6 +369,10 @@ def conditions_of(
     for name, ordered in edges.items():
         for fraction in edge_fractions:
             conditions["edges", name, str(fraction)] = pruning(ordered[: _share(fraction, len(ordered))])
+    for name in ("circuit", "random"):
+        for draw, each in enumerate(circuits.get(name, ())[:N_KEPT]):
+            for fraction in sorted({*unit_fractions, 1.0}):
+                conditions.setdefault(kept_key(name, draw, fraction), removing(_best_part(each, fraction), keep=True))
     return conditions
 
 
@@ -384,6 +392,16 @@ def key_of(name: str, draw: int, fraction: float) -> Key:
 def keys_of(name: str, drawn: Sequence[Circuit], fraction: float) -> list[Key]:
     """`key_of` every draw."""
     return [key_of(name, draw, fraction) for draw in range(len(drawn))]
+
+
+def kept_key(name: str, draw: int, fraction: float) -> Key:
+    """Key of the condition in which all but the best part of a circuit's draw is removed."""
+    return ("kept",) if (name, fraction) == ("circuit", 1) else ("kept", name, str(draw), str(float(fraction)))
+
+
+def is_kept(key: Key) -> bool:
+    """Whether faithfulness and completeness alone ask for this condition: the concept's images answer for them."""
+    return key[0] in ("kept", "empty")
 
 
 # ------------------------------------------------------------------ reporting
@@ -427,21 +445,26 @@ class Report:
         ]
         return self._interval(_redrawn, *falls, vectorised=True)
 
-    def ratio(self, statistic: Callable[..., float], key: Key) -> dict[str, float] | None:
-        """Faithfulness or completeness; None where ablating everything changes nothing."""
+    def ratio(self, keys: Sequence[Key]) -> dict[str, float] | None:
+        """Share of the behaviour that is left under a condition, averaged over its draws.
+
+        Faithfulness where all but the circuit is removed, completeness where the circuit is; None where ablating
+        everything changes nothing.
+        """
         measure_ = "logit" if "logit" in self.outcomes["concept"][BASELINE,] else self.measure
-        samples = [self.outcomes["concept"][each][measure_] for each in ((BASELINE,), key, ("empty",))]
-        if abs(float(samples[0].mean() - samples[2].mean())) < 1e-9:
+        full, empty = (self.outcomes["concept"][key][measure_] for key in ((BASELINE,), ("empty",)))
+        left = self.of("concept", keys, measure_)  # (image, draw)
+        if abs(float(full.mean() - empty.mean())) < 1e-9:
             return None
-        whole = statistic(*samples)
+        whole = faithfulness(full, left.mean(1), empty)
 
-        def of_draw(*drawn: Tensor) -> float:
-            try:
-                return statistic(*drawn)
-            except ViscircuitsError:  # on these images alone ablating everything changes nothing
-                return whole
+        def share(full: Tensor, left: Tensor, empty: Tensor) -> Tensor:
+            behaviour = full.mean(-1) - empty.mean(-1)
+            found = (_redrawn(left) - empty.mean(-1)) / behaviour
+            # on these images alone ablating everything may change nothing
+            return torch.where(behaviour.abs() < 1e-9, whole, found)
 
-        return self._interval(of_draw, *samples, paired=True)
+        return self._interval(share, full, left, empty, paired=True, vectorised=True)
 
     def _interval(self, statistic: Callable, *samples: Tensor, **how: bool) -> dict[str, float]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -469,8 +492,24 @@ def _unit_curve(
     return {
         "x": x,
         "n_units": [0, *(_best_part(circuit, fraction).n_units for fraction in x[1:])],
-        "series": [_series(report, name, [keys_of(name, drawn, f) for f in x[1:]]) for name, drawn in circuits.items()],
+        "series": [
+            {
+                **_series(report, name, [keys_of(name, drawn, f) for f in x[1:]]),
+                **_kept_series(report, name, len(drawn), x[1:]),
+            }
+            for name, drawn in circuits.items()
+        ],
     }
+
+
+def _kept_series(report: Report, name: str, n_draws: int, fractions: Sequence[float]) -> dict[str, Any]:
+    """Faithfulness of each part kept alone, of those circuits for which that was run; of nothing it is 0."""
+    points = [[kept_key(name, draw, fraction) for draw in range(min(n_draws, N_KEPT))] for fraction in fractions]
+    if any(key not in report.outcomes["concept"] for keys in points for key in keys):
+        return {}
+    found = [report.ratio(keys) for keys in points]
+    nothing = None if found[-1] is None else {"value": 0.0, "low": 0.0, "high": 0.0}
+    return {"faithfulness": [nothing, *found]}
 
 
 def _edge_curve(

@@ -557,7 +557,7 @@ def _tar_entries(path: Path) -> Iterator[Entry]:
             for key, sample in _samples(tar):
                 suffix = next((s for s in sorted(sample, key=lambda s: s.count(".")) if _is_picture(s)), None)
                 if suffix is not None:
-                    yield Entry(f"{path.name}/{key}.{suffix}", _label(sample), partial(_decode, sample.pop(suffix)))
+                    yield Entry(f"{path.name}/{key}.{suffix}", _label(sample), partial(decode, sample.pop(suffix)))
                 sample.clear()
     except TAR_DAMAGE as error:
         yield Entry(path.name, None, partial(_refuse, f"damaged tar file, the rest of it is lost: {_reason(error)}"))
@@ -590,7 +590,7 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
-    # one byte too many is enough for _decode to refuse it
+    # one byte too many is enough for `decode` to refuse it
     return file.read(min(member.size, MAX_BYTES + 1)) if file else b""
 
 
@@ -635,7 +635,7 @@ def _read_file(path: Path, root: Path | None) -> tuple[Image.Image, str]:
         raise Unreadable(_reason(error)) from error
     if size > MAX_BYTES:
         raise Unreadable(f"{size} bytes, more than the limit of {MAX_BYTES}")
-    return _decode(data)
+    return decode(data)
 
 
 def _is_gone(root: Path) -> bool:
@@ -645,16 +645,34 @@ def _is_gone(root: Path) -> bool:
         return True
 
 
-def _decode(data: bytes) -> tuple[Image.Image, str]:
+def decode(
+    data: bytes, *, formats: Sequence[str] | None = None, max_pixels: int = MAX_PIXELS
+) -> tuple[Image.Image, str]:
+    """A file's picture, upright and 8-bit RGB, and the SHA-256 of its bytes.
+
+    Parameters
+    ----------
+    data
+        What the file holds.
+    formats
+        Pillow's names of those that may be read; by default all of `FORMATS`.
+    max_pixels
+        A larger picture is refused by what its header says, before its pixels are decoded.
+
+    Raises
+    ------
+    Unreadable
+        If it is no such picture, too large, or damaged.
+    """
     if not data:
         raise Unreadable("the file is empty")
     if len(data) > MAX_BYTES:
         raise Unreadable(f"more than the limit of {MAX_BYTES} bytes")
-    with _decoding(), Image.open(io.BytesIO(data), formats=_formats()) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise Unreadable(
-                f"{image.width}×{image.height} pixels, more than the limit of {MAX_PIXELS // 10**6} million"
-            )
+    known = _formats() if formats is None else [name for name in formats if name in _formats()]
+    with _decoding(), Image.open(io.BytesIO(data), formats=known) as image:
+        if image.width * image.height > max_pixels:
+            size, most = f"{image.width}×{image.height}", max_pixels // 10**6
+            raise Unreadable(f"{size} pixels, more than the limit of {most} million")
         return to_rgb(image), hashlib.sha256(data).hexdigest()
 
 

@@ -26,11 +26,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from PIL import Image
@@ -163,7 +163,7 @@ def load_model(address: str, *, weights: str | Path = "default") -> ModelSpec:
         fetched, read or fitted. The message says what to do.
     """
     source = _find_source(address)
-    with _seeded(), _quiet_logging():
+    with seeded(), _quiet_logging():
         model = _build(source, address, weights).eval()
     transform = source.transform(model)
     return ModelSpec(
@@ -176,6 +176,32 @@ def load_model(address: str, *, weights: str | Path = "default") -> ModelSpec:
         input_size=_input_size(transform),
         weights=str(weights),
     )
+
+
+def load_clip(address: str, *, weights: str | Path = "default") -> tuple[Any, ModelSpec]:
+    """Both towers of ``open_clip:ARCH/PRETRAINED``, and its image tower described as `load_model` describes it.
+
+    Parameters
+    ----------
+    address, weights
+        As for `load_model`; a file holds both towers.
+
+    Raises
+    ------
+    ModelError
+        As `load_model` does, or if the address is another library's.
+    """
+    library, _, name = address.partition(":")
+    if library != "open_clip":
+        raise ModelError(f"only open_clip models have two towers (open_clip:ARCH/PRETRAINED), got {address!r}")
+    source, towers = _open_clip(name), _open_clip_towers(name)
+    with seeded(), _quiet_logging():
+        clip: Any = _build(towers, address, weights).eval()
+    visual = clip.visual
+    spec = wrap(
+        visual, source.transform(visual), default_layers(source.family, visual), address=address, outputs="embedding"
+    )
+    return clip, replace(spec, weights=str(weights))
 
 
 def wrap(
@@ -300,10 +326,10 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _seeded() -> Iterator[None]:
-    """Draw random weights from `SEED`, and leave the global generator as it was."""
+def seeded(seed: int = SEED) -> Iterator[None]:
+    """Draw random weights from `seed`, and leave the global generator as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(SEED)
+        torch.default_generator.manual_seed(seed)
         yield
 
 
@@ -726,6 +752,24 @@ def _adapt_timm(model: nn.Module, state: State) -> State:
 
 
 def _open_clip(name: str) -> Source:
+    towers = _open_clip_towers(name)
+
+    def transform(model: Any) -> Transform:
+        open_clip = _require("open_clip", "clip")
+        settings = open_clip.transform.PreprocessCfg(**model.preprocess_cfg)
+        return open_clip.transform.image_transform_v2(settings, is_train=False)
+
+    return replace(
+        towers,
+        build=lambda: cast(Any, towers.build()).visual,
+        fill=lambda: cast(Any, towers.fill()).visual,
+        transform=transform,
+        adapt=_adapt_open_clip,
+    )
+
+
+def _open_clip_towers(name: str) -> Source:
+    """Both towers; the transform is the image tower's and not given here."""
     open_clip = _require("open_clip", "clip")
     architecture, _, tag = name.partition("/")
     if open_clip.get_model_config(architecture) is None:
@@ -744,23 +788,23 @@ def _open_clip(name: str) -> Source:
             raise OSError(f"name them as open_clip:{architecture}/PRETRAINED, one of {', '.join(tags) or 'none'}")
         clip = build()
         open_clip.load_checkpoint(clip, open_clip.download_pretrained(published), weights_only=True)
-        return clip.visual
-
-    def transform(model: Any) -> Transform:
-        settings = open_clip.transform.PreprocessCfg(**model.preprocess_cfg)
-        return open_clip.transform.image_transform_v2(settings, is_train=False)
+        return clip
 
     return Source(
         family=f"open_clip:{architecture}",
-        build=lambda: build().visual,
+        build=build,
         fill=fill,
         where=f"Fetch {url} where it can be reached, and pass it with --weights FILE." if url else "",
         hub=url,
-        transform=transform,
+        transform=lambda model: _identity,
         classes=lambda model: None,
-        adapt=_adapt_open_clip,
+        adapt=_keep,
         outputs="embedding",
     )
+
+
+def _identity(image: Image.Image) -> Any:
+    return image
 
 
 def _build_clip(architecture: str, published: Mapping[str, Any]) -> Any:

@@ -1,11 +1,13 @@
 """One self-contained page that shows a circuit: no network, no build step, opens from disk.
 
-1. The circuit becomes plain lists: units are numbered layer by layer, edges name those numbers.
-2. Edges are put in the order in which the page reveals them: each pair of layers reveals its
-   strongest first, and all pairs at the same pace, measured in share of the pair's attribution.
-3. Units of a layer are ordered so that strong edges cross little (barycentre sweeps).
-4. All pictures go into one sprite sheet, so that a thousand units cost one decoded image.
-5. Data, style and script are put into the template of `web/`; the script draws.
+1. The circuit becomes plain lists: units are numbered layer by layer, edges name those numbers
+   (`viscircuits.contract` has the shapes, and `web/contract.js` checks them in the browser).
+2. `viscircuits.layout` says in which column a layer stands, in which order its units, and in which order edges are
+   revealed.
+3. All pictures of a kind go into one sprite sheet, so that a thousand units cost one decoded image.
+4. Data, style and scripts are put into the template of `web/`. The scripts are plain modules that import one another
+   as ``viscircuits/NAME.js``; an import map says where those are: inside the page itself, or at the server that
+   gives it.
 
 The page promises nothing that was not measured: without an evaluation it says so.
 """
@@ -18,24 +20,44 @@ import io
 import json
 import math
 import re
-from bisect import bisect_right, insort
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps, features
 
 from viscircuits.circuit import Circuit, Edge, Unit
+from viscircuits.comparing import Comparison
+from viscircuits.connections import Connections
+from viscircuits.contract import (
+    SCHEMA,
+    VERSION,
+    ContributionsData,
+    EdgesData,
+    KernelsData,
+    LayerData,
+    NoteData,
+    PageData,
+    ProbesData,
+    SizeData,
+    SpriteData,
+)
 from viscircuits.exemplars import Exemplar
+from viscircuits.layout import columns, order_units, reveal
+from viscircuits.probes import Probes
+from viscircuits.sizes import sizes
+from viscircuits.visualisations import Visualisation
 
 MAX_EDGES = 20_000
 MAX_ORDERING_EDGES = 4_000
 SPRITE_PIXELS = 10_000_000
-TILES = (96, 72, 56, 48, 40, 32, 24, 16)
-SWEEPS = 8
-
-Links = list[tuple[int, int, float]]
+POLICY = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline' data:"
+SERVED_POLICY = (  # the server says it again, and names the scripts by their digests
+    "default-src 'none'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
+    "script-src 'self' 'unsafe-inline'; connect-src 'self'"
+)
+TILES = (160, 128, 96, 72, 56, 48, 40, 32, 24, 16)
 
 
 def page(
@@ -45,6 +67,13 @@ def page(
     *,
     title: str,
     command: str,
+    visualisations: Sequence[Visualisation] = (),
+    connections: Connections | None = None,
+    probes: Probes | None = None,
+    notes: Mapping[str, NoteData] | None = None,
+    comparison: Comparison | None = None,
+    elsewhere: Mapping[str, Sequence[str]] | None = None,
+    served: bool = False,
 ) -> str:
     """The circuit, its pictures and its evaluation as one HTML page.
 
@@ -58,153 +87,239 @@ def page(
         The concept's name.
     command
         What made the page, shown to be copied.
+    visualisations, connections, probes, notes
+        The further parts of a result folder; what is missing is not shown.
+    comparison
+        A second circuit laid over the first; `circuit` is then the union of both (`Comparison.union`).
+    elsewhere
+        Units, as ``layer:index``, with the titles of other circuits that hold them.
+    served
+        Whether a server gives the page, which it can then ask.
 
     Notes
     -----
     At most 20,000 edges go into the page, the strongest of each pair of layers; the page says so.
     """
-    data = {
-        "title": title,
-        "command": command,
-        **_graph(circuit),
-        **_pictures(circuit, pictures or {}),
-        "evaluation": evaluation,
-        "selection": circuit.selection,
-        "provenance": circuit.provenance,
-    }
+    data = page_data(
+        circuit,
+        evaluation,
+        pictures,
+        title=title,
+        command=command,
+        visualisations=visualisations,
+        connections=connections,
+        probes=probes,
+        notes=notes,
+        comparison=comparison,
+        elsewhere=elsewhere,
+    )
     parts = {
         "title": html.escape(title),
-        "style": _web("style.css"),
-        "script": _web("page.js"),
+        "policy": SERVED_POLICY if served else POLICY,
+        "style": _web("style.css") + _web("panels.css"),
+        "imports": _json({"imports": _modules(served)}),
         "data": _json(data),
+        "server": _json({"served": True} if served else None),
     }
     return re.sub(r"@@(\w+)@@", lambda match: parts[match[1]], _web("index.html"))
 
 
-def reveal(edges: Sequence[Edge]) -> list[tuple[Edge, float]]:
-    """Edges in the order the page shows them, each with its share of its layer pair's attribution.
-
-    Showing the first N of them covers about the same share of every pair, so that no pair is
-    empty because its scores happen to be small numbers.
-    """
-    pairs: dict[tuple[str, str], list[Edge]] = defaultdict(list)
-    for edge in edges:
-        pairs[edge.source.layer, edge.target.layer].append(edge)
-    ranked: list[tuple[float, Edge, float]] = []
-    for members in pairs.values():
-        total = math.fsum(abs(edge.score) for edge in members) or 1.0
-        covered = 0.0
-        for edge in sorted(members, key=lambda edge: -abs(edge.score)):
-            share = abs(edge.score) / total
-            ranked.append((covered, edge, share))
-            covered += share
-    ranked.sort(key=lambda entry: entry[0])
-    return [(edge, share) for _, edge, share in ranked]
-
-
-def order_units(groups: Sequence[Sequence[int]], links: Links) -> list[list[int]]:
-    """Order each layer's units so that links cross little; never worse than the order given.
-
-    Sweeps forwards and backwards, sorting each layer by the weighted mean position of what its
-    units are linked to, and keeps the best order seen (Sugiyama et al. 1981).
-
-    Parameters
-    ----------
-    groups
-        Unit numbers, layer by layer.
-    links
-        Source, target and weight of each link.
-    """
-    order = [list(group) for group in groups]
-    neighbours = _neighbours(order, links)
-    best, fewest = order, crossings(order, links)
-    for sweep in range(SWEEPS):
-        forwards = sweep % 2 == 0
-        position = _positions(order)
-        order = [list(group) for group in order]
-        for i in range(len(order)) if forwards else reversed(range(len(order))):
-            order[i].sort(key=lambda unit: _barycentre(neighbours[not forwards][unit], position, position[unit]))
-            position.update(_positions([order[i]]))
-        count = crossings(order, links)
-        if count < fewest:
-            best, fewest = order, count
-    return best
-
-
-def crossings(order: Sequence[Sequence[int]], links: Links) -> int:
-    """How many pairs of links between the same two layers cross."""
-    layer_of = {unit: i for i, group in enumerate(order) for unit in group}
-    rank = {unit: r for group in order for r, unit in enumerate(group)}
-    pairs: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-    for source, target, _ in links:
-        pairs[layer_of[source], layer_of[target]].append((rank[source], rank[target]))
-    return sum(_inversions(ends) for ends in pairs.values())
-
-
-# ------------------------------------------------------------------ below: what goes into the page
-
-
-def _graph(circuit: Circuit) -> dict[str, Any]:
-    number = {unit: i for i, unit in enumerate(circuit)}
-    revealed = reveal(circuit.edges)
+def page_data(
+    circuit: Circuit,
+    evaluation: Mapping[str, Any] | None,
+    pictures: Mapping[Unit, Sequence[Exemplar]] | None,
+    *,
+    title: str,
+    command: str,
+    visualisations: Sequence[Visualisation] = (),
+    connections: Connections | None = None,
+    probes: Probes | None = None,
+    notes: Mapping[str, NoteData] | None = None,
+    comparison: Comparison | None = None,
+    elsewhere: Mapping[str, Sequence[str]] | None = None,
+) -> PageData:
+    """Everything that `page` shows, as plain lists; parameters as there."""
+    units, revealed = list(circuit), reveal(circuit.edges)
     shown = revealed[:MAX_EDGES]
+    edges = [edge for edge, _ in shown]
+    places = {(edge.source, edge.target): place for place, edge in enumerate(edges)}
+    held = None if connections is None else connections.of([pair for pair in places if pair in connections.places])
+    drawn, tiles, names = _pictures(units, pictures or {})
+    made, made_tiles = _visualisations(units, visualisations)
+    return {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "title": title,
+        "command": command,
+        "layers": _layers(circuit, shown),
+        "edges": _edges(units, shown),
+        "n_edges": len(revealed),
+        "sprite": _sprite(tiles),
+        "pictures": drawn,
+        "names": names,
+        "visualisations": made,
+        "visualisation_sprite": _sprite(made_tiles),
+        "kernels": _kernels(held, places),
+        "contributions": _contributions(held, places),
+        "probes": None if probes is None or not len(probes) else _probes(units, probes),
+        "comparison": None if comparison is None else comparison.data(units, edges),
+        # sizes are those of one circuit, and a union of two is none that was measured
+        "sizes": {} if comparison is not None else _sizes(evaluation),
+        "notes": dict(notes or {}),
+        "elsewhere": {key: list(titles) for key, titles in (elsewhere or {}).items()},
+        "evaluation": None if evaluation is None else dict(evaluation),
+        "selection": dict(circuit.selection),
+        "provenance": dict(circuit.provenance),
+    }
+
+
+# ------------------------------------------------------------------ below: the graph
+
+
+def _layers(circuit: Circuit, shown: Sequence[tuple[Edge, float]]) -> list[LayerData]:
+    number = {unit: i for i, unit in enumerate(circuit)}
     links = [(number[e.source], number[e.target], share) for e, share in shown[:MAX_ORDERING_EDGES]]
     groups = [[number[Unit(layer, index)] for index in indices] for layer, indices in circuit.units.items()]
-    orders = order_units(groups, links)
+    column = columns(circuit.layers, {(edge.source.layer, edge.target.layer) for edge in circuit.edges})
+    return [
+        {
+            "name": layer,
+            "width": circuit.widths[layer],
+            "units": list(indices),
+            "scores": [_short(score) for score in circuit.scores.get(layer, ())],
+            "chosen": [_short(share) for share in circuit.chosen.get(layer, ())],
+            "order": order,
+            "column": column[layer],
+        }
+        for (layer, indices), order in zip(circuit.units.items(), order_units(groups, links), strict=True)
+    ]
+
+
+def _edges(units: Sequence[Unit], shown: Sequence[tuple[Edge, float]]) -> EdgesData:
+    number = {unit: i for i, unit in enumerate(units)}
     return {
-        "layers": [
-            {
-                "name": layer,
-                "width": circuit.widths[layer],
-                "units": list(indices),
-                "scores": [_short(score) for score in circuit.scores.get(layer, ())],
-                "chosen": [_short(share) for share in circuit.chosen.get(layer, ())],
-                "order": order,
-            }
-            for (layer, indices), order in zip(circuit.units.items(), orders, strict=True)
-        ],
-        "edges": {
-            "source": [number[edge.source] for edge, _ in shown],
-            "target": [number[edge.target] for edge, _ in shown],
-            "score": [_short(edge.score) for edge, _ in shown],
-            "signed": [_short(edge.signed) for edge, _ in shown],
-            "share": [_short(share) for _, share in shown],
-            "chosen": [None if edge.chosen is None else _short(edge.chosen) for edge, _ in shown],
-        },
-        "n_edges": len(revealed),
+        "source": [number[edge.source] for edge, _ in shown],
+        "target": [number[edge.target] for edge, _ in shown],
+        "score": [_short(edge.score) for edge, _ in shown],
+        "signed": [_short(edge.signed) for edge, _ in shown],
+        "share": [_short(share) for _, share in shown],
+        "chosen": [None if edge.chosen is None else _short(edge.chosen) for edge, _ in shown],
     }
 
 
-def _pictures(circuit: Circuit, pictures: Mapping[Unit, Sequence[Exemplar]]) -> dict[str, Any]:
-    chosen = [list(pictures.get(unit, ())) for unit in circuit]
-    tiles = [exemplar for mine in chosen for exemplar in mine]
-    if not tiles:
-        return {"sprite": None, "pictures": [], "names": []}
-    names = {name: i for i, name in enumerate(dict.fromkeys(exemplar.name for exemplar in tiles))}
+def _kernels(held: Connections | None, places: Mapping[tuple[Unit, Unit], int]) -> KernelsData | None:
+    if held is None or not held.edges:
+        return None
+    scale = np.abs(held.kernels).max((1, 2))
+    unit = np.where(scale > 0, scale, 1)[:, None, None]
+    return {
+        "edges": [places[pair] for pair in held.edges],
+        "side": held.side,
+        "values": _base64(np.rint(held.kernels / unit * 127).astype(np.int8)),
+        "scale": [_short(float(largest)) for largest in scale],
+    }
+
+
+def _contributions(held: Connections | None, places: Mapping[tuple[Unit, Unit], int]) -> ContributionsData | None:
+    if held is None or not held.edges or not held.images:
+        return None
+    values = _base64(held.contributions.astype("<f4"))
+    return {"images": list(held.images), "edges": [places[pair] for pair in held.edges], "values": values}
+
+
+def _sizes(evaluation: Mapping[str, Any] | None) -> dict[str, list[SizeData]]:
+    if not evaluation:
+        return {}
+    by_ablation = evaluation.get("full", {}).get("by_ablation", {})
+    parts = {ablation: {**evaluation, **part["removed"]} for ablation, part in by_ablation.items()}
+    found = {
+        ablation: sizes(part) for ablation, part in (parts or {evaluation.get("ablation", ""): evaluation}).items()
+    }
+    return {ablation: measured for ablation, measured in found.items() if measured}
+
+
+# ------------------------------------------------------------------ pictures
+
+
+def _pictures(
+    units: Sequence[Unit], pictures: Mapping[Unit, Sequence[Exemplar]]
+) -> tuple[list[list[tuple[int, int, float]]], list[Image.Image], list[str]]:
+    """For each unit its exemplars as (tile, place in names, activation); the tiles; the names."""
+    chosen = [list(pictures.get(unit, ())) for unit in units]
+    tiles = [exemplar.image for mine in chosen for exemplar in mine]
+    names = {name: i for i, name in enumerate(dict.fromkeys(exemplar.name for mine in chosen for exemplar in mine))}
     numbers = iter(range(len(tiles)))
+    drawn = [[(next(numbers), names[e.name], _short(e.activation)) for e in mine] for mine in chosen]
+    return drawn if tiles else [], tiles, list(names)
+
+
+def _visualisations(
+    units: Sequence[Unit], visualisations: Sequence[Visualisation]
+) -> tuple[list[list[tuple[int, str]]], list[Image.Image]]:
+    """For each unit its visualisations as (tile, kind); the tiles."""
+    of: dict[Unit, list[Visualisation]] = {unit: [] for unit in units}
+    for each in visualisations:
+        of.get(each.unit, []).append(each)
+    numbers = iter(range(len(visualisations)))
+    drawn = [[(next(numbers), each.kind) for each in mine] for mine in of.values()]
+    tiles = [each.image for mine in of.values() for each in mine]
+    return drawn if tiles else [], tiles
+
+
+def _probes(units: Sequence[Unit], probes: Probes) -> ProbesData:
+    place = {unit: i for i, unit in enumerate(probes.units)}
+    rows = [[_short(float(row[place[u]])) if u in place else None for u in units] for row in probes.activations]
+    most = np.abs(probes.activations).max(0)
     return {
-        "sprite": _sprite([exemplar.image for exemplar in tiles]),
-        "pictures": [[[next(numbers), names[e.name], _short(e.activation)] for e in mine] for mine in chosen],
-        "names": list(names),
+        "sprite": _sprite(probes.pictures),
+        "probes": [
+            {"name": name, "kind": kind, "answers": list(answers), "activations": activations}
+            for name, kind, answers, activations in zip(probes.names, probes.kinds, probes.answers, rows, strict=True)
+        ],
+        "most": [_short(float(most[place[unit]])) if unit in place else 0.0 for unit in units],
     }
 
 
-def _sprite(images: Sequence[Image.Image]) -> dict[str, Any]:
+def _sprite(images: Sequence[Image.Image]) -> SpriteData | None:
+    if not images:
+        return None
     tile = next((size for size in TILES if size * size * len(images) <= SPRITE_PIXELS), TILES[-1])
-    columns = math.ceil(math.sqrt(len(images)))
-    sheet = Image.new("RGB", (columns * tile, math.ceil(len(images) / columns) * tile), (128, 128, 128))
+    across = math.ceil(math.sqrt(len(images)))
+    sheet = Image.new("RGB", (across * tile, math.ceil(len(images) / across) * tile), (128, 128, 128))
     for i, image in enumerate(images):
         fitted = ImageOps.pad(image.convert("RGB"), (tile, tile), Image.Resampling.LANCZOS, color=(128, 128, 128))
-        sheet.paste(fitted, (i % columns * tile, i // columns * tile))
+        sheet.paste(fitted, (i % across * tile, i // across * tile))
     kind = "webp" if features.check("webp") else "jpeg"
     buffer = io.BytesIO()
     sheet.save(buffer, kind, quality=82)
     uri = f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {"uri": uri, "tile": tile, "columns": columns, "rows": sheet.height // tile}
+    return {"uri": uri, "tile": tile, "columns": across, "rows": sheet.height // tile}
+
+
+# ------------------------------------------------------------------ the file
+
+
+def _modules(served: bool) -> dict[str, str]:
+    """Where each of the page's modules is: at the server, or in the page itself."""
+    names = sorted(each.name for each in (files("viscircuits") / "web").iterdir() if each.name.endswith(".js"))
+    address = _at_server if served else _inside
+    return {f"viscircuits/{name}": address(name) for name in names}
+
+
+def _at_server(name: str) -> str:
+    return f"/web/{name}"
+
+
+def _inside(name: str) -> str:
+    return "data:text/javascript;base64," + base64.b64encode(_web(name).encode()).decode("ascii")
 
 
 def _web(name: str) -> str:
     return (files("viscircuits") / "web" / name).read_text(encoding="utf-8")
+
+
+def _base64(values: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode("ascii")
 
 
 def _json(data: Any) -> str:
@@ -222,33 +337,3 @@ def _finite(value: Any) -> Any:
 
 def _short(number: float | int) -> float:
     return float(f"{number:.4g}")
-
-
-# ------------------------------------------------------------------ below: fewer crossings
-
-
-def _neighbours(order: Sequence[Sequence[int]], links: Links) -> tuple[dict, dict]:
-    before: dict[int, list[tuple[int, float]]] = {unit: [] for group in order for unit in group}
-    after: dict[int, list[tuple[int, float]]] = {unit: [] for group in order for unit in group}
-    for source, target, weight in links:
-        after[source].append((target, weight))
-        before[target].append((source, weight))
-    return before, after
-
-
-def _positions(order: Sequence[Sequence[int]]) -> dict[int, float]:
-    return {unit: (r + 0.5) / len(group) for group in order for r, unit in enumerate(group)}
-
-
-def _barycentre(linked: Sequence[tuple[int, float]], position: Mapping[int, float], otherwise: float) -> float:
-    total = sum(weight for _, weight in linked)
-    return sum(weight * position[unit] for unit, weight in linked) / total if total else otherwise
-
-
-def _inversions(ends: list[tuple[int, int]]) -> int:
-    seen: list[int] = []
-    count = 0
-    for _, target in sorted(ends):
-        count += len(seen) - bisect_right(seen, target)
-        insort(seen, target)
-    return count

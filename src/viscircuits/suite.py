@@ -34,6 +34,7 @@ from viscircuits.evaluation import (
     check_options,
     conditions_of,
     edge_orders,
+    is_kept,
     key_of,
     keys_of,
     layers_of,
@@ -299,7 +300,7 @@ def _conditions(setting: Setting) -> tuple[dict[Key, Opener], dict[Key, Opener],
         removing = setting.remover(ablation)
         found = {**_whole(setting, removing), **found}
         for key, opener in found.items():
-            where = edges if key[0] == "edges" else concept if key in (("kept",), ("empty",)) else everywhere
+            where = edges if key[0] == "edges" else concept if is_kept(key) else everywhere
             where[_beneath(ablation, key)] = opener
         for name in sorted(setting.comparable):
             for draw, each in enumerate(setting.circuits[name]):

@@ -150,6 +150,7 @@ def run_trials(
     measure = measure or measured
     collected: dict[Key, dict[str, list[Tensor]]] = {key: {} for key in conditions}
     seen = Seen()
+    classes: list[int] = []
     n_used = n_fresh = 0
     count = len(images) if isinstance(images, Tensor) else images.count if isinstance(images, ImageSet) else None
     total = None if count is None else count * len(conditions)
@@ -165,6 +166,7 @@ def run_trials(
             if not len(batch):
                 continue
             known = None if class_of is None else class_of(batch)
+            classes += [] if known is None else known.tolist()
             full = forward(spec.model, batch.images).float().cpu()
             if known is not None and int(known.max()) >= full.shape[1]:
                 raise ViscircuitsError(
@@ -183,7 +185,13 @@ def run_trials(
     if not seen.names:
         raise ImageError(f"the {what} set is empty: no image could be read")
     outcome = {key: {m: torch.cat(parts) for m, parts in each.items()} for key, each in collected.items()}
-    return outcome, {**seen.describe(images), "left_out": n_used}
+    return outcome, _described(seen, images, n_used, classes)
+
+
+def _described(seen: Seen, images: Images, n_used: int, classes: list[int]) -> dict[str, Any]:
+    """What a result says about the images, and their classes where these are known and the images are named."""
+    described = {**seen.describe(images), "left_out": n_used}
+    return {**described, "classes": classes} if len(classes) == len(described["names"]) else described
 
 
 def _begun(spec: ModelSpec, layers: Sequence[str], images: Tensor) -> AbstractContextManager[Tensor]:

@@ -44,6 +44,7 @@ from viscircuits.hooks import Tap, forward, record, rewrite
 from viscircuits.layers import Layer, by_unit
 from viscircuits.methods.patching import eap_ig
 from viscircuits.prefix import Prefix
+from viscircuits.scores.formulas import choose
 from viscircuits.selection import largest
 from viscircuits.task import Finding, Pair, Passes, Task, costing, margin
 
@@ -65,6 +66,7 @@ def anchored(
     images_a_step: tuple[int, int] = (16, 32),
     raise_weight: float | None = None,
     caution: float = 0.3,
+    answers: str = "concept",
     edges: bool = True,
     engine: str = "auto",
     progress: bool = False,
@@ -92,6 +94,9 @@ def anchored(
     caution
         Of a unit's effect on single reference images, as root mean square, what counts as harm beside the mean: the
         mean of many small effects either way is nothing, the harm of many such units together is not.
+    answers
+        Whose fall is looked for: the ``concept``'s, shared by its images; or each image's ``own`` label, where images
+        have nothing in common but what makes the network answer so (words pasted on photographs).
     edges
         Score edges too, by their effect on the paths where nothing is protected.
     engine
@@ -115,15 +120,16 @@ def anchored(
     options = {"protect": protect, "steps": steps, "edges": edges, "engine": engine}
     if not protect:
         return _explained(task, steps, edges, engine, options)
+    choose(ANSWERS, answers, "way to judge answers")
     _check_removal(task, sizes, steps_a_size, images_a_step)
     if raise_weight is None:
         raise_weight = max(1.0, (IMAGES_FOR_EQUAL_WEIGHT / len(task.concept)) ** 0.5)
     options |= {
         "sizes": list(sizes), "steps_a_size": steps_a_size, "images_a_step": list(images_a_step),
-        "raise_weight": raise_weight, "caution": caution,
+        "raise_weight": raise_weight, "caution": caution, "answers": answers,
     }  # fmt: skip
     with costing(task) as counted:
-        removing = _Removing(counted, protect, images_a_step, raise_weight, caution)
+        removing = _Removing(counted, protect, images_a_step, raise_weight, caution, answers)
         ranks = removing.ranked(sizes, steps_a_size, progress)
     found: Mapping[Pair, Tensor] = {}
     if edges:
@@ -163,9 +169,9 @@ def _check_removal(task: Task, sizes: Sequence[float], steps_a_size: int, images
 
 @dataclass(frozen=True)
 class _Answers:
-    """Which outputs are the concept's, how much each weighs, and how wide a usual margin is."""
+    """Which outputs are the concept's, how much each weighs, and how wide a usual margin is; None: each image's own."""
 
-    weights: Float[Tensor, " output"]
+    weights: Float[Tensor, " output"] | None
     scale: float
 
     @classmethod
@@ -180,13 +186,19 @@ class _Answers:
         if bool((weights > 0).all()):
             raise ViscircuitsError(
                 f"every one of the network's {len(weights)} outputs is an answer of the concept's images, so there is "
-                "nothing to protect; use protect=0, or a concept of fewer classes"
+                "nothing to protect; use protect=0, a concept of fewer classes, or answers='own'"
             )
-        scale = margin(reference, reference_labels).abs().median().item() / 2
-        return cls(weights / weights.sum(), max(scale, 1e-6))
+        return cls(weights / weights.sum(), _scale(reference, reference_labels))
 
-    def of_concept(self, outputs: Float[Tensor, "image output"]) -> Float[Tensor, " image"]:
-        """How far the concept's answers stand above all others, from 0 to 1."""
+    @classmethod
+    def own(cls, concept: Tensor, reference: Tensor, labels: Tensor, reference_labels: Tensor) -> _Answers:
+        """Each image is judged by its own label."""
+        return cls(None, _scale(reference, reference_labels))
+
+    def of_concept(self, outputs: Float[Tensor, "image output"], labels: Tensor) -> Float[Tensor, " image"]:
+        """How far the concept's answers, or each image's own, stand above all others, from 0 to 1."""
+        if self.weights is None:
+            return self.of_reference(outputs, labels)
         weights = self.weights.to(outputs)
         others = outputs.masked_fill(weights > 0, -torch.inf).amax(1, keepdim=True)
         return torch.sigmoid((outputs - others) / self.scale) @ weights
@@ -196,11 +208,25 @@ class _Answers:
         return torch.sigmoid(margin(outputs, labels) / self.scale)
 
 
+def _scale(reference: Tensor, labels: Tensor) -> float:
+    """Half the usual margin of a reference image."""
+    return max(margin(reference, labels).abs().median().item() / 2, 1e-6)
+
+
+ANSWERS = {"concept": _Answers.of, "own": _Answers.own}
+
+
 class _Removing:
     """Removes units step by step and keeps account of what each does to the anchor."""
 
     def __init__(
-        self, task: Task, protect: float, images_a_step: tuple[int, int], raise_weight: float, caution: float
+        self,
+        task: Task,
+        protect: float,
+        images_a_step: tuple[int, int],
+        raise_weight: float,
+        caution: float,
+        answers: str,
     ) -> None:
         self.task, self.protect, self.raise_weight, self.caution = task, protect, raise_weight, caution
         self.n_concept, self.n_reference = images_a_step
@@ -211,7 +237,7 @@ class _Removing:
         task.passes.forward += len(images)  # what is replayed afterwards
         self.raised, outputs = self._look()
         n = len(task.concept)
-        self.answers = _Answers.of(outputs[:n], outputs[n:], self.labels[:n], self.labels[n:])
+        self.answers = ANSWERS[answers](outputs[:n], outputs[n:], self.labels[:n], self.labels[n:])
         self.effects = {layer.address: torch.zeros(3, layer.n_units, dtype=torch.float64) for layer in task.layers}
         self.removed = {layer.address: torch.zeros(layer.n_units, dtype=torch.bool) for layer in task.layers}
 
@@ -265,7 +291,7 @@ class _Removing:
         }  # (image, unit): images do not see one another, so each has its own derivative
         with self.prefix.replay(places) as images, torch.enable_grad(), rewrite(task.spec.model, self._taps(gates)):
             outputs = forward(task.spec.model, images)
-            concept = self.answers.of_concept(outputs[: len(mine)])
+            concept = self.answers.of_concept(outputs[: len(mine)], self.labels[mine].to(outputs.device))
             reference = self.answers.of_reference(outputs[len(mine) :], self.labels[others].to(outputs.device))
         judged = concept.sum() + reference.sum()
         found: Sequence[Tensor | None] = torch.autograd.grad(judged, list(gates.values()), allow_unused=True)

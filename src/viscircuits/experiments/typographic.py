@@ -1,0 +1,355 @@
+"""Text attacks: the circuit of text in a network that reads, and the network without it.
+
+1. The attack: held-out photographs with a word of another class in a held-out font (`attacks`), beside its controls.
+2. The circuit: found on training photographs alone, from words on paper, or from photographs with a word against the
+   same photographs without. Each method gives a circuit of each size; so do the controls.
+3. The choice: of all circuits that one which, on other training photographs, leaves the attack the least at the
+   smallest cost (`_choice`). Whatever is reported is measured on held-out photographs.
+4. The defence: units of the chosen circuit removed (`mean` ablation over photographs), its edges pruned in order of
+   score, and simple defences beside it (`defences`).
+5. How far it reaches: other fonts, sizes, places, colours, a shaky hand, words of other languages.
+6. The protected network is written as weights.
+
+References
+----------
+Goh et al. 2021, Distill; Rajaram et al. 2023, arXiv:2404.14349; Vi-CD, arXiv:2604.14477.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from viscircuits.ablation import Statistics, ablate, measure
+from viscircuits.circuit import Circuit
+from viscircuits.editing import edit
+from viscircuits.errors import ViscircuitsError
+from viscircuits.experiments import defences
+from viscircuits.experiments.attack_report import CONTROLS, report_of
+from viscircuits.experiments.attacks import KINDS, Trial, attack, tell, words_on_paper
+from viscircuits.experiments.defences import bits, of_bits
+from viscircuits.experiments.kept import Entry, Kept
+from viscircuits.experiments.lettering import FACES_HELD_OUT, FACES_LIKE_HANDWRITING, FACES_TO_TRAIN, Hand
+from viscircuits.experiments.pictures import Photographs, read_photographs, render_photographs
+from viscircuits.experiments.reader import SMALL, card_of, load_reader, train_reader
+from viscircuits.experiments.report import Report
+from viscircuits.experiments.translations import TRANSLATIONS
+from viscircuits.experiments.zero_shot import zero_shot
+from viscircuits.methods import find
+from viscircuits.models import ModelSpec
+from viscircuits.task import Task, make_task
+
+SOURCES = ("words on paper", "words on photographs")
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "anchored": {"protect": 1.0, "answers": "own", "sizes": (0.01, 0.02, 0.05, 0.1), "edges": False},
+    "attribution-patching": {"edges": False},
+    "activation-difference": {},
+    "activation": {},
+    "weight-norm": {},
+    "random": {},
+}
+QUICK_METHODS = ("anchored", "activation-difference", "random")
+SIZES = (0.01, 0.02, 0.05, 0.10)
+TOLERATED = 0.08  # attack success that a circuit chosen on training photographs may leave
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A network and the photographs that find, choose and test."""
+
+    spec: ModelSpec
+    layers: tuple[str, ...]
+    to_find: Photographs
+    to_choose: Photographs
+    to_test: Photographs
+    learnt: Hand
+    held_out: Hand
+    seed: int
+    methods: tuple[str, ...] = tuple(METHODS)
+    sizes: tuple[float, ...] = SIZES
+    sources: tuple[str, ...] = SOURCES
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """Photographs without words, transformed: what removed units are set to the mean of."""
+        return attack(self.spec, self.to_find, "clean", self.learnt, self.seed).images
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """What units do on the reference."""
+        return measure(self.spec, self.reference, self.layers, batch_size=BATCH)
+
+    def trial(self, kind: str, part: str, hand: Hand | None = None, words: Sequence[str] | None = None) -> Trial:
+        """A part's photographs in one kind."""
+        photographs = {"find": self.to_find, "choose": self.to_choose, "test": self.to_test}[part]
+        hand = hand or (self.held_out if part == "test" else self.learnt)
+        return attack(self.spec, photographs, kind, hand, self.seed, words=words)
+
+
+def typographic(
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    model: str = "reader",
+    weights: str | Path = "default",
+    each: int = 8,
+    seed: int = 0,
+    quick: bool = False,
+    progress: bool = False,
+) -> Report:
+    """Find the circuit of text in a network that reads, prune it, and measure what attack and accuracy become.
+
+    Parameters
+    ----------
+    out
+        Folder for parts, weights and the report; a stopped run goes on there.
+    data
+        Folders of photographs, a class each, perhaps below ``train`` and ``val``. None: rendered scenes, and a
+        small reader that is trained on them first.
+    model
+        ``reader`` (kept with the package), a file of `train_reader`, or ``open_clip:ARCHITECTURE/PRETRAINED``.
+    weights
+        For an open_clip model: ``default``, ``none`` or a file.
+    each
+        Held-out photographs of each class; as many find circuits, and as many choose.
+    seed
+        Of photographs, words, places and methods.
+    quick
+        A small run that shows that everything works.
+    progress
+        Show progress bars.
+
+    Raises
+    ------
+    ViscircuitsError
+        If the data do not do, or a package is missing; it says what to do.
+    """
+    out = Path(out)
+    setting = _rendered(out, seed, quick, progress) if data is None else _on(data, model, weights, each, seed)
+    made = {
+        "model": setting.spec.address, "weights": setting.spec.weights_digest()[:12], "data": _named(data),
+        "photographs": f"{len(setting.to_find)} find, {len(setting.to_choose)} choose, {len(setting.to_test)} test",
+        "layers": f"{setting.layers[0]} … {setting.layers[-1]}", "ablation": "mean", "seed": seed,
+    }  # fmt: skip
+    kept = Kept(
+        out / "parts.jsonl",
+        {**made, "methods": {name: METHODS[name] for name in setting.methods}, "sizes": setting.sizes, "version": 1},
+    )
+    run = _Run(setting, kept, progress)
+    curves = run.curves()
+    chosen = _choice(curves)
+    measured = {"whole": run.whole(), "curves": curves, "chosen": chosen, "removed": run.removed(chosen)}
+    run.export(chosen, out / "protected.safetensors")
+    return report_of(measured, made)
+
+
+# ------------------------------------------------------------------ setting
+
+
+def _rendered(out: Path, seed: int, quick: bool, progress: bool) -> Setting:
+    """A small reader trained on rendered scenes, where no data are given."""
+    recipe = replace(SMALL, seed=seed, steps=60 if quick else SMALL.steps)
+    n = 12 if quick else 60
+    path = out / "reader.safetensors"
+    if not path.is_file() or card_of(path)["recipe"] != recipe.digest():
+        each = 60 if quick else 200
+        scenes = render_photographs(each, seed, scenes=True)
+        train_reader(render_photographs(each, seed), scenes, path, recipe, progress=progress)
+    spec = load_reader(path)
+    first, second, third = (render_photographs(n, seed + 1000 * (place + 1)) for place in range(3))
+    held_out = replace(recipe.hand, faces=FACES_HELD_OUT)
+    setting = Setting(spec, tuple(spec.layers or ()), first, second, third, recipe.hand, held_out, seed)
+    return replace(setting, methods=QUICK_METHODS, sizes=(0.05, 0.1), sources=SOURCES[1:]) if quick else setting
+
+
+def _on(data: str | Path, model: str, weights: str | Path, each: int, seed: int) -> Setting:
+    """Photographs of a folder, for the reader or for CLIP."""
+    train, test = read_photographs(data, "train"), read_photographs(data, "val", each)
+    if not model.startswith("open_clip:"):
+        known = card_of(None if model == "reader" else model)["classes"]
+        if set(known) <= set(train.classes):  # else its own, by their names
+            train, test = train.of_classes(known), test.of_classes(known)
+    if train.classes != test.classes:
+        raise ViscircuitsError(f"'train' and 'val' in {str(data)!r} hold different classes; they must be the same")
+    own = not (Path(data) / "val").is_dir()
+    first, second, third = (_drawn(train, each, seed, hand) for hand in range(3))
+    if model.startswith("open_clip:"):
+        spec = zero_shot(model, train.classes, weights=weights)
+    else:
+        spec = load_reader(None if model == "reader" else model, train.classes)
+    layers = tuple(spec.layers or ())
+    if not layers:
+        raise ViscircuitsError(f"{spec.address} has no default layers; only models with known layers can be used here")
+    late = layers[len(layers) // 4 :]
+    return Setting(spec, late, first, second, third if own else test, Hand(FACES_TO_TRAIN), Hand(FACES_HELD_OUT), seed)
+
+
+def _drawn(photographs: Photographs, each: int, seed: int, hand: int) -> Photographs:
+    """`each` of every class, dealt so that no two hands share one."""
+    rng, places = np.random.default_rng([seed, 9]), []
+    for label in range(len(photographs.classes)):
+        mine = rng.permutation(np.flatnonzero(photographs.labels == label))
+        if len(mine) < 3 * each:
+            raise ViscircuitsError(
+                f"class {photographs.classes[label]!r} has {len(mine)} photographs; {3 * each} are needed to find, "
+                f"choose and test with {each} each (--each N)"
+            )
+        places += list(mine[hand * each : (hand + 1) * each])
+    return photographs.part(np.array(places))
+
+
+def _named(data: str | Path | None) -> str:
+    return "rendered scenes" if data is None else Path(data).name
+
+
+# ------------------------------------------------------------------ running
+
+
+class _Run:
+    """Computes the parts of the experiment, or reads those that are finished."""
+
+    def __init__(self, setting: Setting, kept: Kept, progress: bool) -> None:
+        self.setting, self.kept, self.progress = setting, kept, progress
+        self.trials: dict[tuple[str, str], Trial] = {}
+
+    def trial(self, kind: str, part: str) -> Trial:
+        if (kind, part) not in self.trials:
+            self.trials[kind, part] = self.setting.trial(kind, part)
+        return self.trials[kind, part]
+
+    def whole(self) -> dict[str, Entry]:
+        """Every kind, the network untouched."""
+        return {kind: self.kept.of(f"whole/{kind}", partial(self._told, kind)) for kind in KINDS}
+
+    def curves(self) -> list[Entry]:
+        """Each source, method and size: what remains on the photographs that choose and on those that test."""
+        cells = [
+            (source, method)
+            for source in self.setting.sources
+            for method in self.setting.methods
+            if source == self.setting.sources[0] or method not in CONTROLS
+        ]
+        found = []
+        for source, method in tqdm(cells, "circuits", disable=not self.progress):
+            for size in self.setting.sizes:
+                key = f"curve/{source}/{method}/{size}"
+                entry = self.kept.of(key, partial(self._point, source, method, size))
+                found.append({"source": source, "method": method, "size": size, **entry})
+        return found
+
+    def circuit(self, source: str, method: str, size: float) -> Circuit:
+        """The best share of each layer's units."""
+        ranked = self.kept.of(f"ranked/{source}/{method}", partial(self._ranked, source, method))
+        widths = {layer: self.setting.statistics.layers[layer].n_units for layer in self.setting.layers}
+        units = {
+            layer: tuple(sorted(ranked[layer][: max(1, int(size * width + 0.5))])) for layer, width in widths.items()
+        }
+        return Circuit(units, widths)
+
+    def removed(self, chosen: Entry) -> dict[str, Any]:
+        """Everything about the chosen circuit."""
+        circuit = self.circuit(chosen["source"], chosen["method"], chosen["size"])
+        key = f"{chosen['source']}/{chosen['method']}/{chosen['size']}"
+        kinds = {kind: self.kept.of(f"removed/{key}/{kind}", partial(self._told, kind, circuit)) for kind in KINDS}
+        hands = {}
+        for name, hand in tqdm(_hands(self.setting).items(), "other hands", disable=not self.progress):
+            hands[name] = self.kept.of(f"hands/{key}/{name}", partial(self._in_hand, circuit, *hand))
+        simple = self.kept.of("simple", partial(defences.simple, self.setting))
+        edges = self.kept.of(f"edges/{key}", partial(self._edges, chosen["source"], circuit))
+        return {"kinds": kinds, "hands": hands, "simple": simple, "edges": edges}
+
+    def export(self, chosen: Entry, path: Path) -> None:
+        """Write the protected network."""
+        circuit = self.circuit(chosen["source"], chosen["method"], chosen["size"])
+        checked = self.setting.reference[:16]
+        edit(self.setting.spec, circuit, checked, ablation="mean", reference=self.setting.statistics).save(path)
+
+    def _told(self, kind: str, circuit: Circuit | None = None) -> Entry:
+        """What the network answers to held-out photographs of a kind, whole or without a circuit."""
+        trial = self.trial(kind, "test")
+        return bits(tell(self.setting.spec, trial)) if circuit is None else self._without(circuit, trial)
+
+    def _without(self, circuit: Circuit, trial: Trial) -> Entry:
+        with ablate(self.setting.spec, circuit, "mean", reference=self.setting.statistics):
+            return bits(tell(self.setting.spec, trial))
+
+    def _in_hand(self, circuit: Circuit, hand: Hand, words: Sequence[str] | None) -> Entry:
+        trial = self.setting.trial("wrong word", "test", hand, words)
+        return {"before": bits(tell(self.setting.spec, trial)), "after": self._without(circuit, trial)}
+
+    def _edges(self, source: str, circuit: Circuit) -> Entry:
+        """Edges between the two middle layers, scored by attribution patching between units."""
+        middle = len(self.setting.layers) // 2
+        pair = self.setting.layers[middle - 1], self.setting.layers[middle]
+        task = self._task(source, pair)
+        scores = find(task, "eap").edges[pair]
+        return defences.edges(self.setting, circuit, scores, pair)
+
+    def _point(self, source: str, method: str, size: float) -> Entry:
+        circuit = self.circuit(source, method, size)
+        return {
+            part: {kind: self._without(circuit, self.trial(kind, part)) for kind in kinds}
+            for part, kinds in (("choose", ("clean", "wrong word")), ("test", defences.MEASURED))
+        }
+
+    def _ranked(self, source: str, method: str) -> Entry:
+        finding = find(self._task(source), method, **METHODS[method])
+        most = max(self.setting.sizes)
+        return {layer: _best(scores, most) for layer, scores in finding.units.items()}
+
+    def _task(self, source: str, layers: tuple[str, ...] | None = None) -> Task:
+        setting = self.setting
+        shown = setting.trial("wrong word", "find")
+        if source == SOURCES[0]:
+            shown = words_on_paper(
+                setting.spec, len(setting.to_find), setting.to_find.classes, setting.learnt, setting.seed
+            )
+        plain = setting.trial("clean", "find")
+        return make_task(
+            setting.spec, layers or setting.layers, shown.images, plain.images, concept_labels=shown.written,
+            reference_labels=plain.labels, statistics=setting.statistics, batch_size=BATCH, seed=setting.seed,
+        )  # fmt: skip
+
+
+def _best(scores: Tensor, share: float) -> list[int]:
+    """The best share of a layer's units, best first."""
+    n = max(1, int(share * len(scores) + 0.5))
+    return torch.sort(scores, descending=True, stable=True).indices[:n].tolist()
+
+
+def _choice(curves: Sequence[Entry]) -> Entry:
+    """On the photographs that choose: of circuits that leave little of the attack the one that costs least."""
+    own = [each for each in curves if each["method"] not in CONTROLS]
+    enough = [each for each in own if of_bits(each["choose"]["wrong word"]).success.value <= TOLERATED]
+    if enough:
+        return max(enough, key=lambda each: (of_bits(each["choose"]["clean"]).accuracy.value, -each["size"]))
+    return min(own, key=lambda each: (of_bits(each["choose"]["wrong word"]).success.value, each["size"]))
+
+
+def _hands(setting: Setting) -> dict[str, tuple[Hand, Sequence[str] | None]]:
+    """Other ways of writing the attack."""
+    usual = setting.held_out
+    low, high = usual.height
+    hands: dict[str, tuple[Hand, Sequence[str] | None]] = {
+        "fonts seen in training": (replace(usual, faces=setting.learnt.faces), None),
+        "slanted faces, shaky hand": (replace(usual, faces=FACES_LIKE_HANDWRITING, jitter=6.0), None),
+        "two thirds the size": (replace(usual, height=(low * 2 / 3, high * 2 / 3)), None),
+        "half as large again": (replace(usual, height=(low * 1.5, high * 1.5)), None),
+        "at the top": (replace(usual, place="top"), None),
+        "in the middle": (replace(usual, place="middle"), None),
+        "black on white": (replace(usual, colour="black on white", boxed=1.0), None),
+        "without a box": (replace(usual, boxed=0.0), None),
+    }
+    for language, words in TRANSLATIONS.items():
+        if all(name in words for name in setting.to_test.classes):
+            hands[language] = (usual, [words[name] for name in setting.to_test.classes])
+    return hands

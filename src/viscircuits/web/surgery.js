@@ -1,0 +1,216 @@
+// Surgery: units and edges are taken out of the real network, and what it then answers is shown at once.
+import { data, edges, on, set, state, units } from "viscircuits/store.js";
+import { announce, called, count, figure, known, make, percent, plural } from "viscircuits/words.js";
+import { copyButton, download, fileName, goTo, openEdge, refill, selected, thumb } from "viscircuits/pieces.js";
+import { pairedBars } from "viscircuits/bars.js";
+import { inView, nameOfProbe, network, portrait } from "viscircuits/probe.js";
+import { HOW_TO_SERVE, ask, follow, served, stop } from "viscircuits/remote.js";
+import { command, python } from "viscircuits/recipe.js";
+
+const LISTED = 8;
+const ABLATIONS = { zero: "zero", mean: "mean over reference images", resample: "the unit's value on another image", noise: "noise with the reference's mean and variance" };
+const past = [], future = [];
+let element, asked = {}, ablation = [state.ablation, data.evaluation?.ablation, data.provenance?.ablation].find((name) => name in ABLATIONS) ?? "mean";
+let everything = false, answers = null, measured = null, measuring = null;  // measuring: {done, of} while accuracy is on its way
+let basket = snapshot();
+const trouble = make("div", { class: "trouble" }), untold = make("div"), exported = make("div");
+
+export const panel = {
+  name: "surgery",
+  title: "Surgery",
+  available: () => true,
+  mount(place) {
+    element = make("div");
+    place.append(element);
+    on(["selected"], changed);
+    on(["probe", "probe2"], operate);
+    on(["notes"], fill);
+    addEventListener("pagehide", () => stop("accuracy"));
+    if (served) network().then(learn);
+    fill();
+    operate();
+  },
+};
+
+function learn(answer) {
+  if (!answer) return;
+  asked = answer;
+  if (!answer.ablations.includes(ablation)) ablation = answer.ablations[0];
+  fill();
+}
+
+// ---------------------------------------------------------------- the basket
+
+function snapshot() { return { units: [...state.selected.units], edges: [...state.selected.edges] }; }
+const same = (a, b) => ["units", "edges"].every((kind) => a[kind].length === b[kind].length && a[kind].every((id) => b[kind].includes(id)));
+const size = (which) => which.units.length + which.edges.length;
+
+function changed() {
+  const now = snapshot();
+  if (same(now, basket)) return;
+  past.push(basket);
+  future.length = 0;
+  settle(now);
+}
+
+function settle(now) {
+  basket = now;
+  measured = null;
+  callOff();
+  [trouble, untold, exported].forEach((place) => place.replaceChildren());
+  if (!size(basket)) answers = null;
+  fill();
+  operate();
+}
+
+function put(next) { set({ selected: { units: new Set(next.units), edges: new Set(next.edges) } }); }
+
+function travel(from, to, word) {
+  const there = from.pop();
+  if (!there) return;
+  to.push(basket);
+  basket = there;  // before the store tells us, so that it is no new step
+  put(there);
+  settle(there);
+  announce(`${word}; the basket holds ${size(there)}.`);
+}
+const undo = () => travel(past, future, "Undone");
+const redo = () => travel(future, past, "Done again");
+
+/** What is done to the network, as the server takes it. */
+function edit() {
+  const { units: some, edges: cut } = selected();
+  const pair = (unit) => [data.layers[unit.layer].name, unit.index];
+  return { units: some.map(pair), edges: cut.map((edge) => [pair(units[edge.source]), pair(units[edge.target])]), ablation };
+}
+
+// ---------------------------------------------------------------- asking the network
+
+async function operate() {
+  if (!served || !size(basket) || !inView().length) { stop("surgery"); return; }
+  const answer = await ask("/api/surgery", { json: { edit: edit(), probes: inView() }, topic: "surgery", into: trouble });
+  if (!answer) return;
+  answers = answer;
+  fill();
+  announce(answer.probes.map(spoken).join(" "));
+}
+
+function spoken({ id, before, after }) {
+  if (!before.length || !after.length) return `The network ran on ${nameOfProbe(id)}.`;
+  const first = after[0], was = before[0];
+  return first.index === was.index ? `${nameOfProbe(id)}: still ${first.label}, ${percent(was.probability)} before, ${percent(first.probability)} now.` : `${nameOfProbe(id)}: ${was.label} before, ${first.label} now.`;
+}
+
+async function measure() {
+  measuring = { done: 0, of: 0 };
+  fill();
+  const last = await follow("/api/accuracy", (line) => { if (known(line.done)) { measuring = line; showProgress(); } }, { json: { edit: edit() }, topic: "accuracy", into: untold });
+  measuring = null;
+  if (last?.after) { measured = last; announce("Accuracy measured."); }
+  fill();
+}
+
+function callOff() {
+  if (!measuring) return;
+  stop("accuracy");
+  measuring = null;
+}
+
+async function exportAs(kind) {
+  if (!served) { showText(kind, kind === "python" ? python(edit()) : command(edit())); return; }
+  const read = (response) => (kind === "weights" ? response.blob() : response.text());
+  const answer = await ask("/api/export", { json: { edit: edit(), kind }, topic: "export", into: exported, read });
+  if (answer === null) return;
+  if (kind === "weights") { download(fileName("-edited.safetensors"), answer); announce("The weights are being downloaded."); }
+  else showText(kind, answer);
+}
+
+// ---------------------------------------------------------------- what shows
+
+function fill() {
+  if (!element) return;
+  refill(element, make("h2", {}, "Surgery"), lead(), tools(), chips(), trouble, served ? results() : null, served && size(basket) ? accuracy() : null, size(basket) ? exports_() : null);
+}
+
+function lead() {
+  const what = "Select units and edges, in the graph or in their panels.";
+  if (served) return make("p", { class: "note" }, `${what} The network is run without them, at once, on the image in view; nothing on disk changes.`);
+  return make("p", { class: "note" }, `${what} This page cannot run the network: open it with `, make("code", {}, HOW_TO_SERVE), " to see what it does without them. The basket can be exported all the same.");
+}
+
+function tools() {
+  const focused = units[state.focus];
+  const button = (text, key, act, off = false) => make("button", { type: "button", class: "tool", "data-key": key, disabled: off, onclick: act }, text);
+  const offered = served ? asked.ablations : Object.keys(ABLATIONS);
+  const choice = offered ? make("label", { class: "choice" }, make("span", {}, "Replaced by"), make("select", { "data-key": "ablation", onchange: (event) => { ablation = event.target.value; settle(basket); } },
+    offered.map((name) => make("option", { value: name, selected: name === ablation }, ABLATIONS[name] ?? name)))) : null;
+  return [make("div", { class: "toolrow" }, button("Undo", "undo", undo, !past.length), button("Redo", "redo", redo, !future.length), button("Clear", "clear", () => put({ units: [], edges: [] }), !size(basket)),
+    size(basket) ? null : focused ? button(`Select ${called(focused) || focused.name}`, "focused", () => put({ units: [focused.id], edges: [] })) : null,
+    size(basket) ? null : button("Select the whole circuit", "whole", () => put({ units: units.map((unit) => unit.id), edges: [] }))), choice];
+}
+
+function chips() {
+  const { units: some, edges: cut } = selected();
+  if (!some.length && !cut.length) return make("p", { class: "note empty" }, "Nothing is selected.");
+  const chip = (kind, id, content, words, open) => make("li", { class: "chip" }, make("button", { type: "button", class: "what", onclick: open }, content),
+    make("button", { type: "button", class: "drop-it", "aria-label": `Take out ${words}`, "data-key": `out-${kind}${id}`, onclick: () => put({ units: basket.units.filter((each) => kind !== "units" || each !== id), edges: basket.edges.filter((each) => kind !== "edges" || each !== id) }) }, "×"));
+  const label = (unit) => called(unit) || unit.name;
+  const all = [...some.map((unit) => () => chip("units", unit.id, [thumb(unit), label(unit)], label(unit), () => goTo(unit))),
+    ...cut.map((edge) => () => { const words = `${label(units[edge.source])} → ${label(units[edge.target])}`; return chip("edges", edge.place, words, words, () => openEdge(edge)); })];
+  const more = all.length - LISTED;
+  return make("ul", { class: "chips", "aria-label": "Selected for surgery" }, (everything ? all : all.slice(0, LISTED)).map((each) => each()),
+    more > 0 ? make("li", {}, make("button", { type: "button", class: "more", "data-key": "everything", "aria-expanded": everything, onclick: () => { everything = !everything; fill(); } }, everything ? "show fewer" : `and ${count(more)} more`)) : null);
+}
+
+function results() {
+  if (!inView().length) return make("p", { class: "note empty" }, "No image to try it on: add one under Probe.");
+  if (!size(basket) || !answers) return null;
+  const { forward, all } = answers.milliseconds ?? {};
+  return make("section", { class: "operated" }, make("h3", {}, "What the network answers"), make("p", { class: "note" }, make("span", { class: "swatch old" }), " before  ", make("span", { class: "swatch new" }), " after, with the change in percentage points."),
+    answers.probes.map((probe) => make("div", { class: "seen", "data-probe": probe.id }, portrait(probe.id), make("div", {}, make("h4", {}, nameOfProbe(probe.id)), pairedBars(probe.before, probe.after)))),
+    known(all) ? make("p", { class: "note" }, `Answered in ${Math.round(all)} ms${known(forward) ? `, of which the forward pass took ${Math.round(forward)} ms` : ""}.`) : null);
+}
+
+// ---------------------------------------------------------------- accuracy
+
+function accuracy() {
+  const sets = asked.evaluated_on ?? {}, n = Object.values(sets).reduce((a, b) => a + b, 0);
+  if (measuring) return make("section", { class: "measuring" }, make("h3", {}, "Accuracy"), progressBar(), make("button", { type: "button", class: "tool", "data-key": "cancel", onclick: () => { callOff(); announce("Called off."); fill(); } }, "Cancel"));
+  return make("section", {}, make("h3", {}, "Accuracy"), untold, ...(measured ? measuredTable() : []),
+    n ? make("button", { type: "button", class: "tool", "data-key": "cancel", onclick: measure }, `${measured ? "Measure again" : "Measure accuracy"} on ${Object.entries(sets).map(([name, some]) => `${count(some)} ${name === "concept" ? plural(some, "image").replace(/^\S+ /, "") + " of the concept" : "others"}`).join(" and ")}`)
+      : make("p", { class: "note" }, "The folder names no images to measure accuracy on."));
+}
+
+function progressBar() {
+  return make("div", { class: "progress" }, make("progress", { "aria-label": "Images measured", max: measuring.of || 1, value: measuring.of ? measuring.done : null }), make("span", { class: "note" }, progressWords()));
+}
+const progressWords = () => (measuring.of ? `${count(measuring.done)} of ${count(measuring.of)} images` : "starting…");
+function showProgress() {
+  const bar = element.querySelector(".measuring progress");
+  if (!bar) return;
+  bar.max = measuring.of || 1;
+  bar.value = measuring.done;
+  element.querySelector(".measuring .progress .note").textContent = progressWords();
+}
+
+function measuredTable() {
+  const share = ["accuracy", "agreement"].includes(measured.measure), points = (x) => (share ? (100 * x).toFixed(1).replace("-", "−") : figure(x));
+  const write = (x) => (known(x) ? `${points(x)}${share ? "\u202f%" : ""}` : "–"), { value, low, high } = measured.selectivity ?? {};
+  const ends = (it) => (known(it?.low) ? make("small", {}, `[${write(it.low)}, ${write(it.high)}]`) : null);
+  const rows = Object.keys(measured.after).map((name) => make("tr", {}, make("th", { scope: "row" }, name),
+    ["before", "after"].map((when) => make("td", {}, write(measured[when][name]?.value), ends(measured[when][name])))));
+  return [make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, measured.measure), make("th", { scope: "col" }, "Before"), make("th", { scope: "col" }, "After"))), make("tbody", {}, rows)),
+    known(value) ? make("p", { class: "note" }, "Selectivity ", make("b", {}, points(value), share ? " points" : ""), known(low) ? ` [${points(low)}, ${points(high)}]` : "", ": fall on the concept − fall on the others. Brackets are 95\u202f% intervals.") : null];
+}
+
+// ---------------------------------------------------------------- export
+
+function exports_() {
+  const button = (text, kind) => make("button", { type: "button", class: "tool", "data-key": `export-${kind}`, onclick: () => exportAs(kind) }, text);
+  return make("section", {}, make("h3", {}, "Take it with you"), make("div", { class: "toolrow" }, button("Python", "python"), button("Command line", "command"), served ? button("Weights", "weights") : null), exported);
+}
+
+function showText(kind, text) {
+  exported.replaceChildren(make("pre", { class: "code", tabindex: 0, "aria-label": kind === "python" ? "The edit as Python" : "The edit as a command line" }, text),
+    make("div", { class: "toolrow" }, copyButton("Copy", text), make("button", { type: "button", class: "tool", onclick: () => download(fileName(kind === "python" ? "-surgery.py" : "-surgery.sh"), text, "text/plain") }, "Download")));
+}

@@ -1,0 +1,347 @@
+"""Text attacks: words on pictures, the reader, the zero-shot head, the circuit of text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from viscircuits.errors import FileFormatError, ImageError, ModelError, ViscircuitsError
+from viscircuits.experiments import reader as reading
+from viscircuits.experiments.attacks import Outcome, attack, fall, tell
+from viscircuits.experiments.defences import bits, of_bits, painted
+from viscircuits.experiments.lettering import Hand, blank, nonsense, write
+from viscircuits.experiments.pictures import dealt_classes, read_photographs, render_photographs
+from viscircuits.experiments.sentences import _encoded, tokens
+from viscircuits.experiments.translations import TRANSLATIONS
+from viscircuits.experiments.typographic import typographic
+from viscircuits.experiments.zero_shot import zero_shot
+from viscircuits.methods import find
+from viscircuits.models import as_spec, load_clip
+from viscircuits.task import make_task
+
+GREY = Image.new("RGB", (112, 112), (128, 128, 128))
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def changed(picture: Image.Image) -> np.ndarray:
+    return (np.asarray(picture) != np.asarray(GREY)).any(2)
+
+
+# ------------------------------------------------------------------ words on pictures
+
+
+def test_the_same_seed_writes_the_same_word_in_the_same_place():
+    one, other = (write(GREY, "tabby", Hand(), rng(3)).tobytes() for _ in range(2))
+    assert one == other != write(GREY, "tabby", Hand(), rng(4)).tobytes()
+
+
+def test_a_blank_box_is_the_words_box_without_the_word():
+    hand = Hand(boxed=1.0)
+    written, empty = write(GREY, "tabby", hand, rng(5)), blank(GREY, "tabby", hand, rng(5))
+    assert (changed(written) == changed(empty)).all()
+    rows, columns = np.nonzero(changed(empty))
+    inside = np.asarray(empty)[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    assert len(np.unique(inside.reshape(-1, 3), axis=0)) == 1
+    assert len(np.unique(np.asarray(written)[changed(written)], axis=0)) > 2
+
+
+@pytest.mark.parametrize("word", ["bee", "european_fire_salamander", "kanukukug"])
+def test_a_word_stays_inside_the_picture(word):
+    for seed in range(10):
+        marked = changed(write(Image.new("RGB", (112, 112), (128, 128, 128)), word, Hand(height=(0.3, 0.3)), rng(seed)))
+        assert marked.any() and not (marked.all(0).any() and marked.all(1).any())
+
+
+@pytest.mark.parametrize(("place", "low", "high"), [("top", 0.0, 0.5), ("bottom", 0.5, 1.0)])
+def test_a_word_stands_where_the_hand_puts_it(place, low, high):
+    rows = np.nonzero(changed(write(GREY, "bee", Hand(place=place), rng())))[0]
+    assert low <= rows.mean() / 112 <= high
+
+
+def test_nonsense_alternates_and_is_no_class():
+    for seed in range(20):
+        word = nonsense(rng(seed))
+        assert 4 <= len(word) <= 9
+        assert all((letter in "aeiou") == (i % 2 == 1) for i, letter in enumerate(word))
+
+
+def test_translations_cover_the_rendered_classes():
+    assert TRANSLATIONS["in Spanish"]["circle"] == "círculo" and TRANSLATIONS["in German"]["stripes"] == "streifen"
+
+
+def test_classes_are_dealt_without_losing_a_photograph():
+    photographs = render_photographs(2, 0)
+    ours, others = dealt_classes(photographs, 4, seed=1)
+    assert len(ours.classes) == 4 and set(ours.classes).isdisjoint(others.classes)
+    assert len(ours) + len(others) == len(photographs)
+    for label, name in enumerate(ours.classes):
+        theirs = photographs.pixels[photographs.labels == photographs.classes.index(name)]
+        assert (ours.pixels[ours.labels == label] == theirs).all()
+    with pytest.raises(ImageError, match="photographs of something else"):
+        dealt_classes(photographs, 7, seed=1)
+
+
+def test_a_folder_without_classes_is_refused(tmp_path):
+    with pytest.raises(ImageError, match="--data DIR"):
+        read_photographs(tmp_path)
+
+
+# ------------------------------------------------------------------ the sentence encoder
+
+
+def random_encoder(dimension: int = 384) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    weights = {
+        "embeddings.word_embeddings.weight": torch.randn(20, dimension),
+        "embeddings.position_embeddings.weight": torch.randn(10, dimension),
+        "embeddings.token_type_embeddings.weight": torch.randn(2, dimension),
+        "embeddings.LayerNorm.weight": torch.rand(dimension),
+        "embeddings.LayerNorm.bias": torch.randn(dimension),
+    }
+    sizes = {"attention.output.dense": (384, 384), "intermediate.dense": (1536, 384), "output.dense": (384, 1536)}
+    sizes |= {f"attention.self.{part}": (384, 384) for part in ("query", "key", "value")}
+    for layer in range(6):
+        for name, shape in sizes.items():
+            weights[f"encoder.layer.{layer}.{name}.weight"] = torch.randn(shape) / 20
+            weights[f"encoder.layer.{layer}.{name}.bias"] = torch.randn(shape[0]) / 20
+        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+            weights[f"encoder.layer.{layer}.{name}.weight"] = torch.rand(dimension)
+            weights[f"encoder.layer.{layer}.{name}.bias"] = torch.randn(dimension)
+    return weights
+
+
+def test_the_encoder_is_torchs_transformer():
+    weights, found = random_encoder(), [1, 5, 7, 2]
+    w = weights.__getitem__
+    hidden = w("embeddings.word_embeddings.weight")[found] + w("embeddings.position_embeddings.weight")[:4]
+    hidden = hidden + w("embeddings.token_type_embeddings.weight")[0]
+    hidden = nn.functional.layer_norm(
+        hidden, (384,), w("embeddings.LayerNorm.weight"), w("embeddings.LayerNorm.bias"), 1e-12
+    )
+    for i in range(6):
+        name = f"encoder.layer.{i}"
+        layer = nn.TransformerEncoderLayer(384, 12, 1536, 0.0, "gelu", 1e-12, batch_first=True).eval()
+        parts = [f"{name}.attention.self.{part}" for part in ("query", "key", "value")]
+        state = {
+            f"self_attn.in_proj_{kind}": torch.cat([w(f"{part}.{kind}") for part in parts])
+            for kind in ("weight", "bias")
+        }
+        for theirs, ours in {
+            "self_attn.out_proj": "attention.output.dense", "norm1": "attention.output.LayerNorm",
+            "linear1": "intermediate.dense", "linear2": "output.dense", "norm2": "output.LayerNorm",
+        }.items():  # fmt: skip
+            state |= {f"{theirs}.{kind}": w(f"{name}.{ours}.{kind}") for kind in ("weight", "bias")}
+        layer.load_state_dict(state)
+        with torch.no_grad():
+            hidden = layer(hidden[None])[0]
+    assert torch.allclose(_encoded(found, weights), hidden, atol=1e-4)
+
+
+def test_words_are_cut_into_the_longest_pieces():
+    vocabulary = {word: i for i, word in enumerate(["[CLS]", "[SEP]", "[UNK]", "gold", "##fish", "##f", "a", ","])}
+    assert tokens("A goldfish, zebra", vocabulary) == [0, 6, 3, 4, 7, 2, 1]
+
+
+# ------------------------------------------------------------------ attacks and outcomes
+
+
+class Bright(nn.Module):
+    """Class 1 for bright pictures, class 0 for dark ones."""
+
+    def forward(self, images):
+        level = images.mean((1, 2, 3))
+        return torch.stack([-level, level], 1)
+
+
+def test_an_outcome_counts_right_and_fooled():
+    labels, written = torch.tensor([1, 0, 1, 0]), torch.tensor([0, 1, 0, 1])
+    from viscircuits.experiments.attacks import Trial
+
+    levels = torch.tensor([1.0, 1.0, 1.0, -1.0])
+    outcome = tell(as_spec(Bright().eval()), Trial(levels[:, None, None, None].expand(4, 3, 2, 2), labels, written))
+    assert outcome.right.tolist() == [True, False, True, True]
+    assert outcome.fooled.tolist() == [False, True, False, False]
+    assert outcome.accuracy.value == 0.75 and outcome.success.value == 0.25
+    assert of_bits(bits(outcome)).right.tolist() == outcome.right.tolist()
+
+
+def test_fall_compares_each_picture_with_itself():
+    before, after = torch.tensor([True] * 8), torch.tensor([True] * 6 + [False] * 2)
+    none = torch.zeros(8, dtype=torch.bool)
+    assert fall(Outcome(before, none), Outcome(after, none)).value == 0.25
+    same = fall(Outcome(after, none), Outcome(after, none))
+    assert (same.low, same.value, same.high) == (0.0, 0.0, 0.0)
+
+
+def test_painting_over_leaves_the_rest_alone():
+    from viscircuits.experiments.attacks import Trial
+
+    images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    where = torch.zeros(2, 4, 4, dtype=torch.bool)
+    where[0, 1, 2] = True
+    over = painted(Trial(images, torch.zeros(2).long(), torch.zeros(2).long()), where).images
+    assert torch.equal(over[1], images[1])
+    assert torch.allclose(over[0, :, 1, 2], images[0].mean((1, 2)))
+    assert (over != images).any(1).sum() == 1
+
+
+# ------------------------------------------------------------------ the reader
+
+
+@pytest.fixture(scope="module")
+def short():
+    return replace(reading.SMALL, steps=4, batch=8)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return render_photographs(3, 0), render_photographs(3, 0, scenes=True)
+
+
+def test_a_reader_trained_in_two_goes_is_the_one_trained_in_one(tmp_path, short, scenes, monkeypatch):
+    monkeypatch.setattr(reading, "KEPT_EVERY", 1)
+    whole = reading.train_reader(*scenes, tmp_path / "whole.safetensors", short)
+    steps = iter(range(3))
+
+    def stop(self, *args):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    step = reading._Learning.step
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(reading._Learning, "step", stop)
+        reading.train_reader(*scenes, tmp_path / "parts.safetensors", short)
+    assert (tmp_path / "parts.safetensors.part").is_file()
+    again = reading.train_reader(*scenes, tmp_path / "parts.safetensors", short)
+    assert again.read_bytes() == whole.read_bytes()
+    assert not (tmp_path / "parts.safetensors.part").exists()
+
+
+def test_a_reader_is_read_back_with_its_card(tmp_path, short, scenes):
+    path = reading.train_reader(*scenes, tmp_path / "r.safetensors", short, about={"licence": "none"})
+    spec = reading.load_reader(path)
+    assert spec.classes is not None and [names[0] for names in spec.classes] == list(scenes[0].classes)
+    card = reading.card_of(path)
+    assert card["licence"] == "none" and card["recipe"]["steps"] == 4
+    logits = spec.model(spec.example())
+    assert logits.abs().max() <= card["scale"] * 1.001  # scaled cosines
+    with pytest.raises(FileFormatError, match="not a reader"):
+        (tmp_path / "bad.safetensors").write_bytes(b"no")
+        reading.load_reader(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.weights
+def test_the_kept_reader_sees_and_reads():
+    pytest.importorskip("timm")
+    card = reading.card_of()
+    spec = reading.load_reader()
+    words = [name.replace("_", " ") for name in card["classes"]]
+    paper = Image.new("RGB", (112, 112), (235, 235, 235))
+    hand = Hand(faces=("DejaVuSans",), colour="black on white", place="middle", height=(0.16, 0.16))
+    pictures = torch.stack([spec.transform(write(paper, word, hand, rng(1))) for word in words])
+    with torch.no_grad():
+        found = spec.model(pictures).argmax(1)
+    assert (found == torch.arange(len(words))).float().mean() >= 0.7
+
+
+# ------------------------------------------------------------------ CLIP
+
+
+@pytest.mark.parametrize("address", ["open_clip:RN50", "open_clip:ViT-B-32"])
+def test_a_zero_shot_head_gives_clips_own_logits(address):
+    open_clip = pytest.importorskip("open_clip")
+    prompts = ("a photo of a {}.",)
+    spec = zero_shot(address, ["tabby", "golden_retriever"], weights="none", prompts=prompts)
+    clip, _ = load_clip(address, weights="none")
+    tokenizer = open_clip.get_tokenizer(address.removeprefix("open_clip:"))
+    with torch.no_grad():
+        images, text = spec.example(), tokenizer(["a photo of a tabby.", "a photo of a golden retriever."])
+        expected = clip(images, text)[0] @ clip(images, text)[1].T * clip.logit_scale.exp()
+        assert torch.allclose(spec.model(images), expected, atol=1e-4)
+
+
+def test_a_zero_shot_head_needs_a_text_tower_and_a_place_for_the_name():
+    with pytest.raises(ModelError, match="text tower"):
+        zero_shot("lite0", ["tabby"])
+    with pytest.raises(ModelError, match="place"):
+        zero_shot("open_clip:RN50", ["tabby"], weights="none", prompts=["a photo"])
+
+
+# ------------------------------------------------------------------ the circuit of text
+
+
+class SeesAndReads(nn.Module):
+    """Units 0–2 see a class in the picture, units 3–5 read its word, which counts double; 6 and 7 do nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = nn.Identity()
+        self.head = nn.Linear(8, 3, bias=False)
+        with torch.no_grad():
+            self.head.weight.zero_()
+            self.head.weight[:, :3] = torch.eye(3)
+            self.head.weight[:, 3:6] = 2 * torch.eye(3)
+
+    def forward(self, images):
+        return self.head(self.units(images).mean((2, 3)))
+
+
+def test_with_answers_of_their_own_the_units_that_read_are_removed_first():
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.eye(3)[torch.arange(60) % 3]
+    read = torch.eye(3)[(torch.arange(60) + 1) % 3]
+    noise = 0.1 * torch.rand(60, 2, generator=generator)
+    attacked = torch.cat([seen, read, noise], 1)[:, :, None, None].expand(60, 8, 2, 2).contiguous()
+    plain = torch.cat([seen, torch.zeros(60, 3), noise], 1)[:, :, None, None].expand(60, 8, 2, 2).contiguous()
+    task = make_task(
+        SeesAndReads().eval(), ["units"], attacked, plain, concept_labels=(torch.arange(60) + 1) % 3,
+        reference_labels=torch.arange(60) % 3,
+    )  # fmt: skip
+    with pytest.raises(ViscircuitsError, match="answers='own'"):
+        find(task, "anchored", protect=1.0, edges=False)
+    found = find(task, "anchored", protect=1.0, edges=False, answers="own", sizes=(0.125, 0.375))
+    assert found.circuit(3).units["units"] == (3, 4, 5)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    out = tmp_path_factory.mktemp("typographic")
+    return typographic(out, quick=True), out
+
+
+def test_the_quick_run_reports_everything_and_ends_with_protected_weights(quick):
+    report, out = quick
+    page = report.save(out)
+    assert report.tables[0].title == "The network before and after"
+    text = page.read_text(encoding="utf-8")
+    assert "<script" not in text and "Without the circuit of text" in text
+    chosen = report.data["chosen"]
+    spec = reading.load_reader(out / "reader.safetensors")
+    photographs = render_photographs(12, 3000)
+    trial = attack(spec, photographs, "clean", Hand(height=(0.18, 0.28)), 0)
+    removed = of_bits(report.data["removed"]["kinds"]["clean"])
+    edited = reading.load_reader(out / "reader.safetensors")
+    from viscircuits.models import load_state
+
+    load_state(edited.model, out / "protected.safetensors")
+    assert torch.equal(tell(edited, trial).right, removed.right)
+    assert chosen["method"] != "random"
+
+
+def test_a_finished_run_computes_nothing_again(quick, monkeypatch):
+    report, out = quick
+    lines = (out / "parts.jsonl").read_text(encoding="utf-8")
+    monkeypatch.setattr("viscircuits.experiments.typographic.find", None)
+    again = typographic(out, quick=True)
+    assert (out / "parts.jsonl").read_text(encoding="utf-8") == lines
+    assert json.dumps(again.data, default=str) == json.dumps(report.data, default=str)

@@ -1,0 +1,209 @@
+"""Surgery as a person does it, on a real server with a real network: what is shown is what Python gives."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from browser import axe
+from test_discovery import tiny
+from viscircuits import evaluation
+from viscircuits.ablation import ablate, measure, prune_edges
+from viscircuits.bundle import Bundle
+from viscircuits.circuit import Circuit, Edge, Unit
+from viscircuits.discovery import discover, found_with
+from viscircuits.models import ModelSpec
+from viscircuits.notes import load_notes
+
+server = pytest.importorskip("viscircuits.server")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'viscircuits[serve]'")
+pytestmark = pytest.mark.browser
+
+CONCEPT, OTHERS = "render:grating,size=32,n=8", "render:colour,size=32,n=8"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelSpec]:
+    """A result folder and its network."""
+    spec, folder = tiny(), tmp_path_factory.mktemp("explored") / "grating"
+    with torch.no_grad():
+        spec.model[-1].weight.mul_(30)  # so that every unit and edge shows in the probabilities
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "N_BOOTSTRAP", 20)
+        discover(
+            spec, CONCEPT, folder, reference=OTHERS, units=3, draws=1, bootstrap=0, n_pictures=1, edge_fractions=(1.0,)
+        )
+    return folder, spec
+
+
+@pytest.fixture(scope="module")
+def address(made: tuple[Path, ModelSpec]) -> Iterator[str]:
+    with server.serving(*made) as url:
+        yield url
+
+
+@pytest.fixture
+def bundle(made: tuple[Path, ModelSpec]) -> Bundle:
+    return Bundle.load(made[0])
+
+
+def tab(page: Any, name: str) -> Any:
+    page.get_by_role("tab", name=name, exact=True).click()
+    return page.locator(f"#{name.lower()}")
+
+
+def click_unit(page: Any, unit: Unit) -> Any:
+    page.locator("#nodes").get_by_role("button", name=f"nit {unit.index} of {unit.layer}").click()
+    return page.locator("#unit")
+
+
+def select(page: Any, unit: Unit) -> None:
+    click_unit(page, unit).get_by_role("button", name="Select for surgery").click()
+
+
+def table(page: Any, probe: str = "kept:0") -> dict[int, tuple[str, str]]:
+    """What the page shows of a probe: class → probability before and after, as printed."""
+    rows = page.locator(f"#surgery [data-probe='{probe}'] [data-answer]")
+    rows.first.wait_for()
+    return {
+        int(row.get_attribute("data-answer")): tuple(row.locator(which).inner_text() for which in (".was", ".is"))
+        for row in rows.all()
+    }
+
+
+def printed(logits: Tensor) -> list[str]:
+    return [f"{100 * p:.2f}\u202f%" for p in logits.softmax(1)[0].double().tolist()]
+
+
+def runs(spec: ModelSpec, picture: Image.Image) -> Tensor:
+    with torch.no_grad():
+        return spec.model(spec.transform(picture)[None])
+
+
+def pruned(spec: ModelSpec, edge: Edge, picture: Image.Image) -> Tensor:
+    with prune_edges(spec, [edge], "zero"):
+        return runs(spec, picture)
+
+
+def part(circuit: Circuit, units: list[Unit]) -> Circuit:
+    layers = dict.fromkeys(unit.layer for unit in units)
+    chosen = {layer: tuple(sorted(unit.index for unit in units if unit.layer == layer)) for layer in layers}
+    return Circuit(chosen, {layer: circuit.widths[layer] for layer in layers})
+
+
+def expect(shown: dict[int, tuple[str, str]], before: list[str], after: list[str]) -> None:
+    assert shown
+    for index, (was, now) in shown.items():
+        for text, true in ((was, before[index]), (now, after[index])):
+            assert text == true or text.startswith("≤")  # not among the strongest five
+    assert any(was != now for was, now in shown.values())
+
+
+def test_selecting_units_changes_the_prediction_exactly_as_ablate_does(open_live, address, made, bundle):
+    _, spec = made
+    page, circuit = open_live(address), bundle.circuit
+    chosen = [next(unit for unit in circuit if unit.layer == layer) for layer in circuit.layers[-2:]]
+    for unit in chosen:
+        select(page, unit)
+    tab(page, "Surgery")
+    picture = bundle.probes.pictures[0]
+    reference = measure(spec, found_with(circuit.provenance, "reference"), circuit.layers)
+    for ablation in ("zero", "mean"):
+        with page.expect_response(lambda response: response.url.endswith("/api/surgery")):
+            other = "mean" if ablation == "zero" else "zero"
+            page.get_by_label("Replaced by").select_option(other)
+        with page.expect_response(lambda response: response.url.endswith("/api/surgery")):
+            page.get_by_label("Replaced by").select_option(ablation)
+        page.wait_for_timeout(50)
+        with ablate(spec, part(circuit, chosen), ablation, reference=reference):
+            after = runs(spec, picture)
+        expect(table(page), printed(runs(spec, picture)), printed(after))
+
+
+def test_cutting_an_edge_changes_the_prediction_exactly_as_prune_edges_does(open_live, address, made, bundle):
+    _, spec = made
+    picture = bundle.probes.pictures[0]
+    cut = {edge: pruned(spec, edge, picture) for edge in bundle.circuit.edges}
+    edge = max(cut, key=lambda edge: float((cut[edge] - runs(spec, picture)).abs().max()))  # several do next to nothing
+    page = open_live(address)
+    click_unit(page, edge.target).get_by_role("button", name=f"The edge from {edge.source}").click()
+    page.locator("#edge").get_by_role("button", name="Select for surgery").click()
+    tab(page, "Surgery")
+    with page.expect_response(lambda response: response.url.endswith("/api/surgery")):
+        page.get_by_label("Replaced by").select_option("zero")
+    page.wait_for_timeout(50)
+    expect(table(page), printed(runs(spec, picture)), printed(cut[edge]))
+
+
+def test_undoing_everything_leaves_the_network_as_it_was(open_live, address, made, bundle):
+    _, spec = made
+    page, unit = open_live(address), next(iter(bundle.circuit))
+    picture = bundle.probes.pictures[0]
+    untouched = runs(spec, picture)
+    select(page, unit)
+    panel = tab(page, "Surgery")
+    table(page)
+    panel.get_by_role("button", name="Undo").click()
+    assert "Nothing is selected" in panel.inner_text()
+    assert panel.locator("[data-answer]").count() == 0
+    assert torch.equal(runs(spec, picture), untouched)
+
+
+def test_an_image_of_ones_own_is_seen_by_the_network(open_live, address, made, bundle):
+    _, spec = made
+    page = open_live(address)
+    picture = Image.effect_noise((32, 32), 90).convert("RGB")
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    panel = tab(page, "Probe")
+    given = {"name": "noise ½.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
+    panel.locator("input[type=file]").set_input_files([given])
+    panel.get_by_role("heading", name="noise ½.png").wait_for()
+    best = runs(spec, picture).softmax(1)[0].max().item()
+    assert panel.locator(".answers .n").first.inner_text() == f"{100 * best:.2f}\u202f%"
+
+
+def test_accuracy_is_measured_with_progress_and_told_with_intervals(open_live, address, bundle):
+    page = open_live(address)
+    select(page, next(iter(bundle.circuit)))
+    panel = tab(page, "Surgery")
+    panel.get_by_role("button", name="Measure accuracy").click()
+    panel.get_by_role("row", name="concept").wait_for()
+    before = bundle.evaluation.data["baseline"]["concept"][bundle.evaluation.data["measure"]]["value"]
+    cells = panel.get_by_role("row", name="concept").get_by_role("cell").all_inner_texts()
+    assert cells[0].startswith(f"{100 * before:.1f}") and "[" in cells[0]
+
+
+def test_the_edge_without_a_kernel_in_the_page_gets_one_from_the_network(open_live, address, bundle):
+    page, edge = open_live(address), bundle.circuit.edges[-1]
+    page.evaluate("import('viscircuits/store.js').then(({ data }) => { data.kernels = data.contributions = null; })")
+    click_unit(page, edge.target).get_by_role("button", name=f"The edge from {edge.source}").click()
+    page.locator("#edge .kernel").wait_for()
+    assert page.locator("#edge .bars li").count() > 0
+
+
+def test_a_note_lands_in_the_folder_and_shows_in_another_tab(open_live, address, made, bundle):
+    page, unit = open_live(address), next(iter(bundle.circuit))
+    panel = click_unit(page, unit)
+    panel.get_by_label("Name", exact=True).fill("stripes <i>")
+    panel.get_by_role("button", name="Save").click()
+    panel.get_by_role("heading", name="stripes <i>").wait_for()
+    assert load_notes(made[0])[str(unit)]["name"] == "stripes <i>"
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.locator("#nodes").get_by_text("stripes <i>").first.wait_for()
+
+
+def test_axe_finds_no_serious_fault_after_an_operation(open_live, address, bundle):
+    page = open_live(address)
+    select(page, next(iter(bundle.circuit)))
+    tab(page, "Surgery")
+    table(page)
+    assert axe(page) == []

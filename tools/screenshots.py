@@ -1,0 +1,94 @@
+"""Take the pictures of the page that stand in the README and in docs/, in headless Chromium.
+
+1. ``page.png``: the page of a result folder (``viscircuits demo`` makes one).
+2. ``page-googlenet.png``: a circuit of GoogLeNet with random weights, for its size: branches side by side.
+3. ``page-surgery.png``: the folder served, its strongest unit removed, and what the network answers then.
+
+    python tools/screenshots.py demo/
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from viscircuits import Bundle, discover, load_model
+from viscircuits.discovery import model_of
+from viscircuits.server import serving
+
+IMG = Path(__file__).resolve().parent.parent / "docs" / "img"
+SIZE = {"width": 1440, "height": 900}
+
+
+def main(folder: Path) -> None:
+    """Take all three."""
+    with tempfile.TemporaryDirectory() as scratch, chromium() as browser:
+        static = Path(scratch) / "demo.html"
+        static.write_text(Bundle.load(folder).page(), encoding="utf-8")
+        shoot(browser, static.as_uri(), "page.png")
+        large = Path(scratch) / "googlenet"
+        googlenet(large)
+        shoot(browser, (large / "index.html").as_uri(), "page-googlenet.png")
+        operate(browser, folder)
+
+
+def googlenet(out: Path) -> None:
+    """A circuit in all layers of GoogLeNet, random weights, of rendered circles."""
+    model = load_model("torchvision:googlenet", weights="none")
+    discover(
+        model, "render:circle,n=4", out, reference="render:text,n=4", units=0.04, labels=None, bootstrap=0, draws=1,
+        edge_fractions=(), n_pictures=1, title="circle", command="tools/screenshots.py",
+    )  # fmt: skip
+
+
+def operate(browser: Any, folder: Path) -> None:
+    """Serve the folder, remove the focused unit, and take what the page says."""
+    bundle = Bundle.load(folder)
+    layer = bundle.circuit.layers[-1]
+    scores = bundle.circuit.scores[layer]
+    unit = bundle.circuit.units[layer][scores.index(max(scores))]
+    with serving(folder, model_of(bundle.circuit)) as address:
+        page = opened(browser, address)
+        page.get_by_role("searchbox").first.fill(f"{layer}:{unit}")
+        page.keyboard.press("Enter")
+        page.get_by_role("button", name="surgery").first.click()
+        page.get_by_role("tab", name="Surgery").click()
+        page.wait_for_timeout(4000)
+        page.screenshot(path=str(IMG / "page-surgery.png"))
+        page.close()
+
+
+def shoot(browser: Any, address: str, name: str) -> None:
+    """One page as it opens."""
+    page = opened(browser, address)
+    page.screenshot(path=str(IMG / name))
+    page.close()
+
+
+def opened(browser: Any, address: str) -> Any:
+    """The page, drawn."""
+    page = browser.new_page(viewport=SIZE)
+    page.goto(address)
+    page.wait_for_selector("html[data-ready='1']")
+    page.wait_for_timeout(1500)
+    return page
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """Headless Chromium, the machine's own."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
