@@ -109,9 +109,10 @@ def test_the_concepts_answers_are_those_it_raises_and_those_of_its_images():
 def test_margins_of_a_whole_answer_are_halves_of_the_anchor():
     answers = _Answers(torch.tensor([1.0, 0.0]), scale=2.0)
     even, ahead = torch.tensor([[3.0, 3.0]]), torch.tensor([[5.0, 3.0]])
-    assert answers.of_concept(even).tolist() == [0.5]
-    assert answers.of_concept(ahead).item() == pytest.approx(1 / (1 + torch.e**-1))
-    assert answers.of_reference(ahead, torch.tensor([0])).item() == pytest.approx(1 / (1 + torch.e**-1))
+    own = torch.tensor([0])
+    assert answers.of_concept(even, own).tolist() == [0.5]
+    assert answers.of_concept(ahead, own).item() == pytest.approx(1 / (1 + torch.e**-1))
+    assert answers.of_reference(ahead, own).item() == pytest.approx(1 / (1 + torch.e**-1))
 
 
 @pytest.mark.parametrize(

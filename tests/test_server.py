@@ -992,6 +992,7 @@ def test_view_serve_prints_where_opens_it_and_ends_on_ctrl_c(made, monkeypatch):
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals reach the main thread alone")
     monkeypatch.setattr(server, "model_of", lambda circuit, weights: spec)
+    before = signal.getsignal(signal.SIGINT)
     opened: list[str] = []
     statuses: list[int] = []
 
@@ -1009,7 +1010,7 @@ def test_view_serve_prints_where_opens_it_and_ends_on_ctrl_c(made, monkeypatch):
     assert (ran.exit_code, statuses) == (0, [200]), ran.output
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=[\w-]{43}", ran.stdout.strip())
     assert opened == [ran.stdout.strip()]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_busy_port_says_so_before_the_work(made):

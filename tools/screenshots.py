@@ -2,7 +2,7 @@
 
 1. ``page.png``: the page of a result folder (``viscircuits demo`` makes one).
 2. ``page-googlenet.png``: a circuit of GoogLeNet with random weights, for its size: branches side by side.
-3. ``page-surgery.png``: the folder served, its strongest unit removed, and what the network answers then.
+3. ``page-surgery.png``: the folder served, the strongest units of its last layer removed, and what the network answers then.
 
     python tools/screenshots.py demo/
 """
@@ -16,12 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from viscircuits import Bundle, discover, load_model
 from viscircuits.discovery import model_of
 from viscircuits.server import serving
 
 IMG = Path(__file__).resolve().parent.parent / "docs" / "img"
+N_REMOVED = 12
 SIZE = {"width": 1440, "height": 900}
 
 
@@ -47,18 +49,15 @@ def googlenet(out: Path) -> None:
 
 
 def operate(browser: Any, folder: Path) -> None:
-    """Serve the folder, remove the focused unit, and take what the page says."""
+    """Serve the folder, remove the strongest units of the last layer, and take what the network answers then."""
     bundle = Bundle.load(folder)
-    layer = bundle.circuit.layers[-1]
-    scores = bundle.circuit.scores[layer]
-    unit = bundle.circuit.units[layer][scores.index(max(scores))]
+    last = bundle.circuit.layers[-1]
+    ranked = sorted(zip(bundle.circuit.scores[last], bundle.circuit.units[last], strict=True), reverse=True)
+    cut = [("cut", f"{last}:{unit}") for _, unit in ranked[:N_REMOVED]]
     with serving(folder, model_of(bundle.circuit)) as address:
         page = opened(browser, address)
-        page.get_by_role("searchbox").first.fill(f"{layer}:{unit}")
-        page.keyboard.press("Enter")
-        page.get_by_role("button", name="surgery").first.click()
-        page.get_by_role("tab", name="Surgery").click()
-        page.wait_for_timeout(4000)
+        page.evaluate("hash => { location.hash = hash }", urlencode([*cut, ("probe", "kept:0"), ("panel", "surgery")]))
+        page.wait_for_timeout(8000)
         page.screenshot(path=str(IMG / "page-surgery.png"))
         page.close()
 
@@ -73,7 +72,7 @@ def shoot(browser: Any, address: str, name: str) -> None:
 def opened(browser: Any, address: str) -> Any:
     """The page, drawn."""
     page = browser.new_page(viewport=SIZE)
-    page.goto(address)
+    page.goto(address, timeout=120_000)
     page.wait_for_selector("html[data-ready='1']")
     page.wait_for_timeout(1500)
     return page

@@ -230,11 +230,8 @@ def _contributions(held: Connections | None, places: Mapping[tuple[Unit, Unit], 
 def _sizes(evaluation: Mapping[str, Any] | None) -> dict[str, list[SizeData]]:
     if not evaluation:
         return {}
-    by_ablation = evaluation.get("full", {}).get("by_ablation", {})
-    parts = {ablation: {**evaluation, **part["removed"]} for ablation, part in by_ablation.items()}
-    found = {
-        ablation: sizes(part) for ablation, part in (parts or {evaluation.get("ablation", ""): evaluation}).items()
-    }
+    by_ablation = evaluation.get("full", {}).get("by_ablation") or {evaluation.get("ablation", ""): {"removed": {}}}
+    found = {ablation: sizes({**evaluation, **part["removed"]}) for ablation, part in by_ablation.items()}
     return {ablation: measured for ablation, measured in found.items() if measured}
 
 

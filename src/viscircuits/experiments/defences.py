@@ -89,15 +89,22 @@ def simple(setting: Setting) -> dict[str, dict[str, dict[str, str]]]:
     found["head fitted on attacked photographs"] = {
         kind: bits(_told_by(head, _features(setting, trial.images), trial)) for kind, trial in trials.items()
     }
-    cover = _Cover(setting)
-    found["text found by a probe and painted over"] = {
-        kind: bits(tell(setting.spec, cover.of(trial))) for kind, trial in trials.items()
-    }
+    if _has_maps(setting):  # tokens have no places that a probe could paint over
+        cover = _Cover(setting)
+        found["text found by a probe and painted over"] = {
+            kind: bits(tell(setting.spec, cover.of(trial))) for kind, trial in trials.items()
+        }
     plain = trials["clean"].images
     found["text painted over where it is known to be"] = {
         kind: bits(tell(setting.spec, painted(trial, (trial.images != plain).any(1)))) for kind, trial in trials.items()
     }
     return found
+
+
+def _has_maps(setting: Setting) -> bool:
+    with evaluating(setting.spec.model), torch.no_grad(), record(setting.spec.model, setting.layers[:1]) as values:
+        forward(setting.spec.model, setting.reference[:1])
+    return values[setting.layers[0]].ndim == 4
 
 
 def _features(setting: Setting, images: Tensor) -> Float[Tensor, "image dimension"]:

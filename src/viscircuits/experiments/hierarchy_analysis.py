@@ -231,14 +231,22 @@ class Analysis:
             for method, rows in methods.items()
         }
 
+    def beside_random(self, part: str, method: str) -> Interval:
+        """How many times more circuits of a method hurt their own concept than random ones that were dealt to it."""
+        mine, random = (self.hurt[part, which].beyond.diag() for which in (method, RANDOM))
+        return self._times(mine - random)
+
+    def _times(self, logarithms: Float[Tensor, " concept"]) -> Interval:
+        found = bootstrap(_mean, logarithms, draws=N_BOOTSTRAP, generator=self._generator())
+        return Interval(*(math.exp(each) for each in (found.value, found.low, found.high)))
+
     def _hurt(self, divergence: Float[Tensor, "circuit concept"]) -> Hurt:
         logarithm = divergence.clamp(min=TINY).log()
         rest = beyond(logarithm)
-        own = bootstrap(_mean, rest.diag(), draws=N_BOOTSTRAP, generator=self._generator())
         return Hurt(
             float(divergence.diag().mean()),
             float(divergence[self.apart].mean()),
-            Interval(*(math.exp(each) for each in (own.value, own.low, own.high))),
+            self._times(rest.diag()),
             own_more(logarithm, self.n_permuted, self._generator()).p,
             int((logarithm.argmax(0) == torch.arange(len(logarithm))).sum()),
             mantel(rest, self.distance, self.n_permuted, self._generator()),

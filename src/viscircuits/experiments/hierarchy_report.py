@@ -73,21 +73,23 @@ def _said_kinship(of: Analysis) -> str:
 
 
 def _said_hurt(of: Analysis) -> str:
-    found = {part: of.hurt[part, PAPER] for part in of.parts}
-    sure = [each.p < LEVEL for each in found.values()]
-    sentences = [
-        f"Removed in {part.replace('later', 'the later')}, a CLA circuit moves its own concept's answers "
-        f"{_written(each.times)} times as much as circuit and images let expect (p {_p(each.p)}); {each.worst} of "
-        f"{len(of.concepts)} concepts are hurt most by their own; divergence against distance: "
-        f"{_tested(each.by_distance)}."
-        for part, each in found.items()
-    ]
+    sure, sentences = [], []
+    for part in of.parts:
+        found, beside = of.hurt[part, PAPER], of.beside_random(part, PAPER)
+        sure.append(found.p < LEVEL and beside.low > 1)
+        sentences.append(
+            f"Removed in {part.replace('later', 'the later')}, a CLA circuit moves its own concept's answers "
+            f"{_written(found.times)} times as much as circuit and images let expect (p {_p(found.p)}), "
+            f"{_written(beside)} times what random circuits do; {found.worst} of {len(of.concepts)} concepts are hurt "
+            f"most by their own; divergence against distance: {_tested(found.by_distance)}."
+        )
     others = "; ".join(
         f"{method} {_written(of.hurt[of.later, method].times)}" for method in (*of.methods, RANDOM) if method != PAPER
     )
+    verdicts = ", ".join(f"{part} {_verdict(holds, False)}" for part, holds in zip(of.parts, sure, strict=True))
     return (
-        f"**A circuit's removal hurts its own concept more: {_verdict(all(sure), not any(sure), 'in part')}.** "
-        f"{' '.join(sentences)} Beside it, in the {of.later}: {others}."
+        f"**A circuit's removal hurts its own concept more: {verdicts}.** {' '.join(sentences)} Beside it, in the "
+        f"{of.later}: {others}."
     )
 
 
@@ -212,14 +214,18 @@ def _hurt_table(of: Analysis) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for (part, method), found in of.hurt.items():
         worst = f"{found.worst} of {len(of.concepts)}"
-        rows.append(
-            (part, method, found.own, found.others, found.times, _p(found.p), worst, _tested(found.by_distance))
-        )
-    head = ("removed in", "circuits", "KL, own", "KL, others", "own, times expected", "p", "hurt most by own", "ρ (p)")
+        beside = None if method == RANDOM else of.beside_random(part, method)
+        numbers = (found.own, found.others, found.times, _p(found.p), beside, worst, _tested(found.by_distance))
+        rows.append((part, method, *numbers))
+    head = (
+        *("removed in", "circuits", "KL, own", "KL, others", "own, times expected", "p", "times random"),
+        *("hurt most by own", "ρ (p)"),
+    )
     note = (
         "Divergence of the answers, in nats, on held-out images when a circuit is removed (mean ablation). Times "
         "expected: beyond what this circuit does to all and these images suffer from all; interval over concepts, p by "
-        "permuting which circuit is whose. ρ of divergence with distance in the tree; below 0: near ones are hurt more."
+        "permuting which circuit is whose. Times random: against one random circuit for each concept. ρ of divergence "
+        "with distance in the tree; below 0: near ones are hurt more."
     )
     return Table("Who is hurt by whom", head, tuple(rows), note)
 

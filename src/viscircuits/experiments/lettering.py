@@ -28,6 +28,7 @@ FACES_TO_TRAIN = (
     *("cmss10", "STIXGeneralBol"),
 )
 FACES_HELD_OUT = ("DejaVuSansMono", "DejaVuSerif-Italic", "STIXGeneral", "cmr10", "cmtt10", "cmb10")
+FACES_WITH_ACCENTS = ("DejaVuSansMono", "DejaVuSerif-Italic", "STIXGeneral")  # held out, and é, ñ, ö in them
 FACES_LIKE_HANDWRITING = ("cmmi10", "STIXGeneralItalic", "cmti10")
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
 SMALLEST = 7  # pixels of a face, below which no one reads

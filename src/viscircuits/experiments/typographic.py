@@ -17,6 +17,7 @@ Goh et al. 2021, Distill; Rajaram et al. 2023, arXiv:2404.14349; Vi-CD, arXiv:26
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -37,7 +38,13 @@ from viscircuits.experiments.attack_report import CONTROLS, report_of
 from viscircuits.experiments.attacks import KINDS, Trial, attack, tell, words_on_paper
 from viscircuits.experiments.defences import bits, of_bits
 from viscircuits.experiments.kept import Entry, Kept
-from viscircuits.experiments.lettering import FACES_HELD_OUT, FACES_LIKE_HANDWRITING, FACES_TO_TRAIN, Hand
+from viscircuits.experiments.lettering import (
+    FACES_HELD_OUT,
+    FACES_LIKE_HANDWRITING,
+    FACES_TO_TRAIN,
+    FACES_WITH_ACCENTS,
+    Hand,
+)
 from viscircuits.experiments.pictures import Photographs, read_photographs, render_photographs
 from viscircuits.experiments.reader import SMALL, card_of, load_reader, train_reader
 from viscircuits.experiments.report import Report
@@ -47,6 +54,7 @@ from viscircuits.methods import find
 from viscircuits.models import ModelSpec
 from viscircuits.task import Task, make_task
 
+PARTS = ("find", "choose", "test")
 SOURCES = ("words on paper", "words on photographs")
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "anchored": {"protect": 1.0, "answers": "own", "sizes": (0.01, 0.02, 0.05, 0.1), "edges": False},
@@ -81,7 +89,7 @@ class Setting:
     @cached_property
     def reference(self) -> Tensor:
         """Photographs without words, transformed: what removed units are set to the mean of."""
-        return attack(self.spec, self.to_find, "clean", self.learnt, self.seed).images
+        return self.trial("clean", "find").images
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -92,7 +100,8 @@ class Setting:
         """A part's photographs in one kind."""
         photographs = {"find": self.to_find, "choose": self.to_choose, "test": self.to_test}[part]
         hand = hand or (self.held_out if part == "test" else self.learnt)
-        return attack(self.spec, photographs, kind, hand, self.seed, words=words)
+        part_of_seed = self.seed * len(PARTS) + PARTS.index(part)  # no part shares words, places and inks with another
+        return attack(self.spec, photographs, kind, hand, part_of_seed, words=words)
 
 
 def typographic(
@@ -134,16 +143,19 @@ def typographic(
         If the data do not do, or a package is missing; it says what to do.
     """
     out = Path(out)
+    if data is None and (model, str(weights)) != ("reader", "default"):
+        raise ViscircuitsError(
+            f"{model!r} needs photographs to be asked about (--data DIR); without them a small reader is trained"
+        )
     setting = _rendered(out, seed, quick, progress) if data is None else _on(data, model, weights, each, seed)
     made = {
         "model": setting.spec.address, "weights": setting.spec.weights_digest()[:12], "data": _named(data),
         "photographs": f"{len(setting.to_find)} find, {len(setting.to_choose)} choose, {len(setting.to_test)} test",
         "layers": f"{setting.layers[0]} … {setting.layers[-1]}", "ablation": "mean", "seed": seed,
     }  # fmt: skip
-    kept = Kept(
-        out / "parts.jsonl",
-        {**made, "methods": {name: METHODS[name] for name in setting.methods}, "sizes": setting.sizes, "version": 1},
-    )
+    methods = {name: METHODS[name] for name in setting.methods}
+    decides = {"methods": methods, "sizes": setting.sizes, "pixels": _pixels(setting), "version": 2}
+    kept = Kept(out / "parts.jsonl", {**made, **decides})
     run = _Run(setting, kept, progress)
     curves = run.curves()
     chosen = _choice(curves)
@@ -205,6 +217,14 @@ def _drawn(photographs: Photographs, each: int, seed: int, hand: int) -> Photogr
             )
         places += list(mine[hand * each : (hand + 1) * each])
     return photographs.part(np.array(places))
+
+
+def _pixels(setting: Setting) -> str:
+    """Digest of the photographs themselves, so that no part of another folder's run is taken for this one's."""
+    digest = hashlib.sha256()
+    for part in (setting.to_find, setting.to_choose, setting.to_test):
+        digest.update(part.pixels.tobytes() + part.labels.tobytes() + "/".join(part.classes).encode())
+    return digest.hexdigest()[:12]
 
 
 def _named(data: str | Path | None) -> str:
@@ -339,6 +359,7 @@ def _hands(setting: Setting) -> dict[str, tuple[Hand, Sequence[str] | None]]:
     """Other ways of writing the attack."""
     usual = setting.held_out
     low, high = usual.height
+    accented = replace(usual, faces=FACES_WITH_ACCENTS)
     hands: dict[str, tuple[Hand, Sequence[str] | None]] = {
         "fonts seen in training": (replace(usual, faces=setting.learnt.faces), None),
         "slanted faces, shaky hand": (replace(usual, faces=FACES_LIKE_HANDWRITING, jitter=6.0), None),
@@ -351,5 +372,5 @@ def _hands(setting: Setting) -> dict[str, tuple[Hand, Sequence[str] | None]]:
     }
     for language, words in TRANSLATIONS.items():
         if all(name in words for name in setting.to_test.classes):
-            hands[language] = (usual, [words[name] for name in setting.to_test.classes])
+            hands[language] = (accented, [words[name] for name in setting.to_test.classes])
     return hands

@@ -10,6 +10,7 @@ import { served } from "viscircuits/remote.js";
 const CHUNK = 2500, LEAST_LIT = 0.003, MOST_LIT = 600, STRONG = 0.02, LABELLED = 60, LABELLED_TINY = 24, NEAR = 7, VEIL = 0.84;
 const root = document.documentElement, nUnits = units.length;
 const nodes = [], supers = new Map();
+let cardWaits = 0, darkWaits = 0;
 const look = { size: 64, rows: 30, geometry: null, visible: null, lines: [], lit: [], shown: [], pointed: null, found: new Set(), flows: new Map(), ends: new Set(), veiled: false, dense: 1, room: { width: 0, height: 0 } };
 
 export const isShown = (id) => Boolean(look.visible?.[id]) && !state.collapsed.has(units[id].layer);
@@ -115,6 +116,7 @@ function glow() {
 }
 
 function focused() {
+  clearTimeout(cardWaits);
   const before = $("nodes").querySelector("[aria-current]");
   before?.classList.remove("chosen");
   before?.removeAttribute("aria-current");
@@ -383,7 +385,6 @@ function uncover(context) {
 
 // ---------------------------------------------------------------- what is pointed at
 
-let cardWaits = 0, darkWaits = 0;
 function hover(unit) {
   clearTimeout(cardWaits);
   clearTimeout(darkWaits);
@@ -392,6 +393,7 @@ function hover(unit) {
     return;
   }
   set({ hovered: look.visible[unit.id] ? unit.id : null });
+  if (unit.id === state.focus) { $("card").hidden = true; return; }  // its panel says more
   cardWaits = setTimeout(() => showCard(unitCard(unit), nodes[unit.id].getBoundingClientRect()), $("card").hidden ? 140 : 0);
 }
 
