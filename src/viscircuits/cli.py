@@ -663,11 +663,11 @@ def _serve(
     if other is not None or among is not None:
         raise ViscircuitsError("--serve shows one circuit; leave --with and --among out, or --serve")
 
-    def ready(address: str) -> None:
+    def ready(address: str, once: str) -> None:
         typer.echo(address)
         typer.echo("only this address opens the page; press Ctrl-C to end", err=True)
         if browser:
-            webbrowser.open(address)
+            webbrowser.open(once)
 
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if given["labels"] == "none":

@@ -3,7 +3,8 @@
 The server runs code on the machine of whoever started it, so only their own browser may ask:
 
 1. The token made at the start comes with each request: as ``/?token=T`` once, which puts it into a cookie that no
-   script reads, from then on in that cookie, or as ``Authorization: Bearer T``.
+   script reads, from then on in that cookie, or as ``Authorization: Bearer T``. A second one, `once`, opens the page a
+   single time: a browser is started with it, and command lines can be read by others.
 2. Host is this machine's own name, so that a foreign name that is made to point here (DNS rebinding) leads nowhere.
 3. An Origin, if the browser names one, is the page's own; whatever changes something carries a header that a form on
    another page cannot send.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -48,11 +49,14 @@ class Door:
         Where it listens; part of the Host and Origin that are its own.
     token
         What every request must know.
+    once
+        What may stand in the first address in its place, a single time.
     """
 
-    def __init__(self, inside: Application, port: int, token: str) -> None:
+    def __init__(self, inside: Application, port: int, token: str, once: str | None = None) -> None:
         self.inside = inside
         self.token = token.encode()
+        self.once = None if once is None else once.encode()
         self.cookie = f"viscircuits-{port}".encode()  # cookies are shared among the ports of a machine
         self.hosts = {f"{name}:{port}".encode() for name in ("127.0.0.1", "localhost")}
         self.origins = {b"http://" + host for host in self.hosts}
@@ -73,13 +77,20 @@ class Door:
             return
         await self.inside(scope, receive, _seeing_out(send))
 
-    async def _let_in(self, given: Iterable[bytes], send: Send) -> tuple[int, str] | None:
+    async def _let_in(self, given: Sequence[bytes], send: Send) -> tuple[int, str] | None:
         """Put a right token into a cookie, and lead to the page without it."""
-        if not all(secrets.compare_digest(each, self.token) for each in given):
+        if not (self._used(given) or all(secrets.compare_digest(each, self.token) for each in given)):
             return 403, "this is not the token of this start; open the address that `viscircuits view --serve` printed"
         cookie = self.cookie + b"=" + self.token + b"; Path=/; HttpOnly; SameSite=Strict"
         await _answer(send, 303, b"", [(b"location", b"/"), (b"set-cookie", cookie)])
         return None
+
+    def _used(self, given: Sequence[bytes]) -> bool:
+        """Whether this is what opens the page once; from now on nothing is."""
+        right = self.once is not None and len(given) == 1 and secrets.compare_digest(given[0], self.once)
+        if right:
+            self.once = None
+        return right
 
     def _foreign(self, headers: Headers) -> tuple[int, str] | None:
         """Why a request that was not meant for this server, or comes from another page, is refused."""

@@ -43,7 +43,7 @@ from PIL import Image
 from viscircuits.bundle import Bundle, circuits_beside
 from viscircuits.circuit import Unit
 from viscircuits.comparing import elsewhere
-from viscircuits.discovery import found_with, model_of, tested_on
+from viscircuits.discovery import DRAWS, FINISHED, found_with, model_of, tested_on
 from viscircuits.door import Application, Door
 from viscircuits.errors import ImageError, ViscircuitsError
 from viscircuits.images import ImageSet, Source, Unreadable, decode, open_images
@@ -74,7 +74,7 @@ PATIENCE = 0.2  # seconds after which a waiting question looks whether anybody s
 LIMITS = {"upload_bytes": UPLOAD_BYTES, "upload_pixels": UPLOAD_PIXELS}
 TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
 GONE = 499  # nobody reads this: the connection is closed
-HEAVY = "attributions*"  # never shown; may lie on another disk
+HEAVY = {FINISHED, DRAWS}  # at the top of the folder, never shown; may lie on another disk
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def serve(
     folder: str | Path,
     *,
     port: int = 0,
-    ready: Callable[[str], None] = lambda address: None,
+    ready: Callable[[str, str], None] = lambda address, once: None,
     progress: bool = False,
     **options: Any,
 ) -> None:
@@ -107,7 +107,8 @@ def serve(
     port
         Where to listen; 0 takes a free one.
     ready
-        Is given the address to open, once the server listens.
+        Is given the address to open, once the server listens, and another that opens the page a single time: for a
+        browser's command line, which others can read.
     progress
         Show progress bars.
     options
@@ -123,9 +124,9 @@ def serve(
     with _listening(port) as listening:  # before the work: a taken port shows at once
         port = listening.getsockname()[1]
         explorer = explore(folder, progress=progress, **options)
-        token = secrets.token_urlsafe(32)
-        server = _server(explorer, port, token)
-        ready(_address(port, token))
+        token, once = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+        server = _server(explorer, port, token, once)
+        ready(_address(port, token), _address(port, once))
         try:
             server.run(sockets=[listening])
         except KeyboardInterrupt:  # the way to end it; uvicorn hands it on once all is closed
@@ -580,9 +581,9 @@ def _check_installed() -> None:
 
 def _check_links(folder: Path) -> None:
     """No file of the folder may be one of elsewhere: what is in it is shown to a browser."""
-    inside = folder.resolve()
+    inside, never_shown = folder.resolve(), {folder / name for name in HEAVY}
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink() and not path.match(HEAVY) and not path.resolve().is_relative_to(inside):
+        if path.is_symlink() and path not in never_shown and not path.resolve().is_relative_to(inside):
             raise ViscircuitsError(
                 f"{str(path)!r} is a link that leads out of its folder, and only what lies in the folder is shown; "
                 "put the file itself there, or take the link away"
@@ -655,7 +656,7 @@ def _listening(port: int) -> socket.socket:
     return listening
 
 
-def _server(explorer: Explorer, port: int, token: str) -> uvicorn.Server:
+def _server(explorer: Explorer, port: int, token: str, once: str | None = None) -> uvicorn.Server:
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -667,7 +668,7 @@ def _server(explorer: Explorer, port: int, token: str) -> uvicorn.Server:
 
     return Server(
         uvicorn.Config(
-            Door(explorer.application(), port, token), http="h11", ws="none", loop="asyncio", lifespan="off",
+            Door(explorer.application(), port, token, once), http="h11", ws="none", loop="asyncio", lifespan="off",
             interface="asgi3", log_config=None, access_log=False, proxy_headers=False, server_header=False,
             date_header=False, timeout_graceful_shutdown=10,
         )
