@@ -159,7 +159,7 @@ def test_the_page_in_the_folder_is_the_bundles_page(tmp_path):
 def test_picture_files_are_flat_and_one_a_picture(tmp_path):
     FULL.save(tmp_path)
     names = {path.name for path in (tmp_path / "pictures").iterdir()}
-    assert names == {"pictures.json", "block-a-in_1_0.png", "block-a-in_1_1.png", "b_0_0.png"}
+    assert names == {"pictures.json", "block%2Fa%3Ain_1_0.png", "block%2Fa%3Ain_1_1.png", "b_0_0.png"}
 
 
 def test_a_list_of_pictures_cannot_reach_outside_its_folder(tmp_path):

@@ -180,6 +180,28 @@ def test_shares_of_what_is_listed_and_what_is_lit_are_the_same(open_page, html, 
         assert 100 * shares[name] == pytest.approx(float(percent.replace("−", "-")), abs=0.51)
 
 
+def test_scores_of_edges_from_several_layers_into_one_unit_are_set_against_one_another(open_page):
+    """Each of join:0's edges is a small or the only part of its own pair of layers, which says nothing of join:0."""
+    rows = [("left", 0, "join", 0, 3), ("left", 0, "join", 1, 27), ("right", 0, "join", 0, 1)]
+    edges = tuple(Edge(Unit(a, i), Unit(b, j), float(score), float(score)) for a, i, b, j, score in rows)
+    units = {"left": (0,), "right": (0,), "join": (0, 1)}
+    scores = {"left": (1.0,), "right": (1.0,), "join": (1.0, 2.0)}
+    page = open_page(shown(Circuit(units, dict.fromkeys(units, 4), scores, edges)))
+    point_at(page, "join:0")
+    assert lit(page) == pytest.approx({"join:0": 0, "left:0": 0.75, "right:0": 0.25}, abs=1e-4)
+    assert "Receives from left:0 +75 %, right:0 +25 %" in card(page)
+    unit(page, "join:0").click()
+    listed = page.locator("#unit section", has_text="Strongest incoming").locator(".row").all_inner_texts()
+    assert [re.search(r"\+(\d+)", text)[1] for text in listed] == ["75", "25"]
+
+
+def test_a_smaller_circuit_holds_the_units_that_were_measured_however_close_the_scores(open_page):
+    whole = Circuit({"a": (0, 1, 2, 3)}, {"a": 4}, {"a": (1.00001, 1.00004, 1.00002, 1.00003)})
+    page = open_page(shown(whole))
+    page.evaluate("import('viscircuits/store.js').then(({ set }) => set({ fraction: 0.5 }))")
+    assert visible_units(page) == {str(each) for each in shrink(whole, 0.5)} == {"a:1", "a:3"}
+
+
 # ------------------------------------------------------------------ focus, pins, selection
 
 

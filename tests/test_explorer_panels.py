@@ -558,6 +558,7 @@ class Server:
             "ablations": ["zero", "mean"],
             "classes": True,
             "evaluated_on": {"concept": 60, "others": 120},
+            "images_to_look_at": True,
             "limits": {"upload_bytes": 1000, "upload_pixels": 10**6},
         }
 
@@ -645,6 +646,19 @@ def test_two_probes_are_operated_on_together_and_edges_are_named_by_their_ends(o
     ends = [names_of(data)[data["edges"][end][0]].rpartition(":") for end in ("source", "target")]
     assert asked["probes"] == ["kept:2", "kept:0"]
     assert asked["edit"]["edges"] == [[[layer, int(index)] for layer, _, index in ends]]
+
+
+def test_what_was_answered_to_another_edit_is_taken_away_at_once(open_served, served_html, server, data):
+    page = open_served(served_html, server)
+    click_unit(page, names_of(data)[0]).get_by_role("button", name="Select for surgery").click()
+    panel = tab(page, "Surgery")
+    panel.locator("[data-probe]").wait_for()
+    server.refuse["surgery"] = "busy"
+    click_unit(page, names_of(data)[1]).get_by_role("button", name="Select for surgery").click()
+    panel = tab(page, "Surgery")
+    panel.get_by_text("busy").wait_for()
+    assert panel.locator("[data-probe]").count() == 0
+    page.complaints.clear()  # the browser's own of a refusal
 
 
 def test_a_refusal_is_told_and_leaves_what_was_shown(open_served, served_html, server, data, page):
@@ -766,6 +780,7 @@ def test_an_edge_that_was_not_looked_at_is_asked_for(open_served, circuit, serve
     ends = [names_of(data)[data["edges"][end][0]].rpartition(":") for end in ("source", "target")]
     assert server.of("edge") == [
         {end: [layer, int(index)] for end, (layer, _, index) in zip(("source", "target"), ends, strict=True)}
+        | {"probes": []}  # the server has images of its own to look at
     ]
     assert panel.locator(".bars .n").all_inner_texts() == ["+1.5", "−2"]
 

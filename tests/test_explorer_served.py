@@ -106,6 +106,37 @@ def expect(shown: dict[int, tuple[str, str]], before: list[str], after: list[str
     assert any(was != now for was, now in shown.values())
 
 
+def test_an_image_of_ones_own_and_its_heat_on_the_units_come_back_with_a_reload(open_live, address, bundle, page):
+    open_live(address)
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), "teal").save(buffer, "PNG")
+    tab(page, "Probe").locator("input[type=file]").set_input_files(
+        {"name": "teal.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
+    )
+    page.locator("#probe").get_by_role("heading", name="teal.png").wait_for()
+    page.mouse.click(5, 5)
+    while not page.locator("#nodes img.heatmap").count():
+        page.keyboard.press("v")
+    for _ in range(2):
+        first = page.locator("#nodes img.heatmap").first
+        first.evaluate("async (img) => { await img.decode(); return img.naturalWidth }")  # raises if it cannot be drawn
+        assert page.locator("#nodes img.heatmap").count() == len(list(bundle.circuit))
+        page.wait_for_timeout(300)  # the address is written a moment after the last of many changes
+        page.reload()
+        page.wait_for_selector("html[data-ready]", state="attached")
+        page.locator("#probe").get_by_role("heading", name="teal.png").wait_for()
+        page.locator("#nodes img.heatmap").first.wait_for()
+
+
+def test_an_image_that_the_server_no_longer_has_leaves_the_units_their_pictures(open_live, address, page):
+    open_live(address)
+    page.evaluate("location.hash = 'probe=0123456789abcdef&face=heat&panel=probe'")
+    page.reload()
+    page.locator("#probe").get_by_text("give the image again").wait_for()
+    assert page.locator("#nodes img.heatmap").count() == 0
+    page.complaints.clear()  # the browser's own of a 404
+
+
 def test_selecting_units_changes_the_prediction_exactly_as_ablate_does(open_live, address, made, bundle):
     _, spec = made
     page, circuit = open_live(address), bundle.circuit

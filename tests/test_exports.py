@@ -56,6 +56,14 @@ def test_a_graph_has_the_circuits_units_and_edges():
     assert networkx.is_directed_acyclic_graph(graph)
 
 
+def test_graphml_holds_whatever_stands_in_a_note_but_what_no_xml_can():
+    networkx = pytest.importorskip("networkx")
+    told = {"b:0": {**NOTES["b:0"], "name": "a\x00b\x1b[0m 😀"}}  # a file that somebody wrote by hand
+    text = to_graphml(CIRCUIT, told)
+    assert networkx.parse_graphml(text).nodes["b:0"]["name"] == "ab[0m 😀"
+    assert from_graphml(text) == CIRCUIT
+
+
 def test_a_circuit_comes_back_from_a_graph_and_from_graphml_as_it_went():
     pytest.importorskip("networkx")
     assert from_networkx(to_networkx(CIRCUIT)) == CIRCUIT

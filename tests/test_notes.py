@@ -9,7 +9,7 @@ import pytest
 
 from viscircuits.circuit import Circuit
 from viscircuits.errors import FileFormatError, ViscircuitsError
-from viscircuits.notes import LONGEST, load_notes, merge, save_notes, write_note
+from viscircuits.notes import LONGEST, load_notes, merge, save_notes, saying, write_note
 
 CIRCUIT = Circuit({"a:in": (1, 2), "b": (0,)}, {"a:in": 4, "b": 2})
 
@@ -27,8 +27,20 @@ def test_a_note_is_read_back_and_an_empty_one_takes_it_away(tmp_path):
     write_note(tmp_path, CIRCUIT, "", text="the whole")
     assert set(load_notes(tmp_path)) == {"", "a:in:2"}
     assert set(write_note(tmp_path, CIRCUIT, "a:in:2", by="me")) == {""}
-    write_note(tmp_path, CIRCUIT, "")
-    assert list(tmp_path.iterdir()) == []
+    assert write_note(tmp_path, CIRCUIT, "") == load_notes(tmp_path) == {}
+
+
+def test_a_note_that_was_taken_away_is_not_brought_back_by_an_older_copy_but_by_a_newer_one(tmp_path):
+    held = write_note(tmp_path, CIRCUIT, "b:0", text="mine")
+    write_note(tmp_path, CIRCUIT, "b:0")
+    assert saying(merge(load_notes(tmp_path, taken_away=True), held)) == {}
+    newer = {"b:0": note("again", "2999-01-01T00:00:00+00:00")}
+    assert saying(merge(load_notes(tmp_path, taken_away=True), newer)) == newer
+
+
+def test_what_no_xml_can_hold_is_left_out_of_a_note(tmp_path):
+    written = write_note(tmp_path, CIRCUIT, "b:0", name="a\x00b\x1b[0m\ufffe", text="one\n\ttwo 😀\x0b")
+    assert (written["b:0"]["name"], written["b:0"]["text"]) == ("ab[0m", "one\n\ttwo 😀")
 
 
 def test_a_unit_of_the_circuits_layers_can_have_a_note_though_it_was_not_chosen(tmp_path):
@@ -42,6 +54,9 @@ def test_a_unit_of_the_circuits_layers_can_have_a_note_though_it_was_not_chosen(
         ("b:2", {"text": "x"}, "units 0 to 1"),
         ("b", {"text": "x"}, "layer:index"),
         ("b:-1", {"text": "x"}, "layer:index"),
+        ("b:00", {"text": "x"}, "layer:index"),
+        ("b:٠", {"text": "x"}, "layer:index"),
+        ("b:" + "1" * 5000, {"text": "x"}, "layer:index"),
         ("../b:0", {"text": "x"}, "no such layer"),
         ("b:0", {"text": "x" * (LONGEST["text"] + 1)}, "4001 characters; shorten it to 4000"),
         ("b:0", {"name": "x" * 81}, "81 characters; shorten it to 80"),

@@ -220,6 +220,8 @@ def test_an_uploaded_image_is_a_probe_from_then_on(served, client):
     probe = surgery.probe(Image.open(io.BytesIO(given)), "any", "any")
     assert said["activations"] == pytest.approx(probe.activations.tolist(), rel=1e-5)
     assert said["answers"] == [dict(each) for each in probe.answers]
+    assert client.get(f"/api/probe/{said['id']}").json() == said
+    assert client.get("/api/probe/kept:0").status_code == 404
     edit = edit_of(served, 3)
     (answered,) = client.post("/api/surgery", json={"edit": edit, "probes": [said["id"]]}).json()["probes"]
     after = surgery.operate(probe, Edit.from_json(edit)).answers
@@ -933,6 +935,48 @@ def test_what_the_folder_names_and_is_gone_is_done_without(made, tmp_path):
     assert (said["ablations"], said["evaluated_on"]) == (["zero"], {})
     assert "--images IMAGES" in refused.json()["error"]
     assert len(looked["contributions"]) == len(bundle.probes)  # the kept probes stand in
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_without_the_images_that_found_the_circuit_weights_are_checked_on_probes(made, kept):
+    folder, spec = made
+    bundle = Bundle.load(folder)
+    nowhere = {**bundle.circuit.provenance, "sources": {"images": "nowhere", "reference": "nowhere"}}
+    lost = replace(bundle, circuit=replace(bundle.circuit, provenance=nowhere), attributions=None)
+    lost = lost if kept else replace(lost, probes=None)
+    with (
+        pytest.warns(UserWarning, match="without"),
+        server.serving(lost, spec) as url,
+        Served(url, folder, spec).client() as client,
+    ):
+        assert client.get("/api/network").json()["images_to_look_at"] is False
+        asked = {"edit": edit_of(Served(url, folder, spec), 3), "kind": "weights"}
+        bare = client.post("/api/export", json=asked)
+        id_ = client.post("/api/probe", content=png()).json()["id"]
+        given = client.post("/api/export", json={**asked, "probes": [id_]})
+    assert (bare.status_code, given.status_code) == (200 if kept else 400, 200)
+    assert kept or "add a probe" in bare.json()["error"]
+    assert load(given.content).keys() == spec.model.state_dict().keys()
+
+
+def test_exports_name_the_reference_images_that_were_given(made, monkeypatch, tmp_path):
+    folder, spec = made
+    for i, each in enumerate(open_images("render:circle,size=32,n=3")):
+        each.image.save(tmp_path / f"circle {i}.png")
+    with server.serving(folder, spec, reference=tmp_path) as url, Served(url, folder, spec).client() as client:
+        asked = {"edit": edit_of(Served(url, folder, spec), 3, ablation="mean")}
+        python, command, weights = (
+            client.post("/api/export", json={**asked, "kind": kind}) for kind in ("python", "command", "weights")
+        )
+    monkeypatch.setattr(viscircuits, "load_model", lambda address, weights: spec, raising=False)
+    ran: dict[str, Any] = {"__name__": "exported"}
+    exec(compile(python.text, "exported.py", "exec"), ran)
+    means = viscircuits.measure(spec, open_images(tmp_path), ["1"]).mean["1"]
+    assert torch.allclose(ran["reference"].mean["1"], means)
+    assert shlex.split(command.text.splitlines()[-1])[-4:-2] == ["--reference", str(tmp_path)]
+    ran["save"](tmp_path / "edited.safetensors", torch.rand(2, 3, 32, 32))
+    saved = load((tmp_path / "edited.safetensors").read_bytes())
+    assert all(torch.allclose(value, saved[name]) for name, value in load(weights.content).items())
 
 
 def test_other_images_may_be_given(made, tmp_path):

@@ -36,6 +36,7 @@ MADE = [
     Visualisation(Unit("block/a:in", 3), "channel, 1 of 2", picture(0), 1 / 3, 0.1 + 0.2, 7.5),
     Visualisation(Unit("block/a:in", 3), "channel, 2 of 2", picture(1), -1e-9, 6.0, 7.5),
     Visualisation(Unit("b", 0), "channel", picture(2), 0.5, 1.5),
+    Visualisation(Unit("block-a-in", 3), "channel", picture(3), 0.5, 1.5),  # must not overwrite that of block/a:in
 ]
 
 
@@ -62,7 +63,12 @@ def test_saving_takes_away_what_was_there_and_nothing_else(tmp_path):
     save_visualisations(tmp_path, MADE)
     (tmp_path / "visualisations" / "mine.png").write_bytes(b"kept")
     save_visualisations(tmp_path, MADE[2:])
-    assert set(contents(tmp_path)) == {LISTING, "visualisations/b_0_0.png", "visualisations/mine.png"}
+    assert set(contents(tmp_path)) == {
+        LISTING,
+        "visualisations/b_0_0.png",
+        "visualisations/block-a-in_3_0.png",
+        "visualisations/mine.png",
+    }
     save_visualisations(tmp_path, [])
     assert load_visualisations(tmp_path) == []
     assert set(contents(tmp_path)) == {"visualisations/mine.png"}

@@ -31,6 +31,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -46,7 +47,7 @@ from viscircuits.evaluation import Evaluation
 from viscircuits.exemplars import Exemplar
 from viscircuits.files import write_atomically
 from viscircuits.matrices import Attributions
-from viscircuits.notes import check_key, load_notes, merge, save_notes
+from viscircuits.notes import check_key, load_notes, merge, save_notes, saying
 from viscircuits.page import page
 from viscircuits.plot import plot
 from viscircuits.probes import Probes, remove_probes
@@ -104,9 +105,9 @@ class Bundle:
             save_visualisations(folder, self.visualisations)
         if not self.visualisations:
             (folder / LISTING).unlink(missing_ok=True)
-        notes = merge(load_notes(folder), self.notes)  # somebody may have written one since this was loaded
+        notes = merge(load_notes(folder, taken_away=True), self.notes)  # somebody may have written one since
         save_notes(folder, notes)
-        write_atomically(folder / "index.html", replace(self, notes=notes).page())
+        write_atomically(folder / "index.html", replace(self, notes=saying(notes)).page())
         return folder
 
     def page(
@@ -317,7 +318,7 @@ def _save_pictures(folder: Path, pictures: Mapping[Unit, Sequence[Exemplar]]) ->
     listed = []
     for unit, exemplars in pictures.items():
         for rank, each in enumerate(exemplars):
-            name = f"{unit.layer.replace(':', '-').replace('/', '-')}_{unit.index}_{rank}.png"
+            name = f"{quote(unit.layer, safe='')}_{unit.index}_{rank}.png"  # one name for one layer, and no path
             buffer = io.BytesIO()
             each.image.save(buffer, format="PNG")
             write_atomically(folder / name, buffer.getvalue())

@@ -268,7 +268,9 @@ def carried(place: int, n_target: int, n_source: int) -> int:
     """Where a position along one axis of the target's map lies on the source's, centre to centre.
 
     The step is the whole number nearest to the ratio of the sizes (below 1 the ratio itself), as a convolution's is,
-    padded or not. Of two positions equally near it is the first.
+    padded or not. Of two positions equally near it is the first. Exact for one convolution. The sizes do not say the
+    step of several: two of 3×3 with stride 2 are off by up to 1 position if padded and 6 if not, three by up to 6 and
+    11 (maps of up to 112), most towards the edges.
     """
     ratio = n_source / n_target
     step = round(ratio) if ratio >= 1 else ratio

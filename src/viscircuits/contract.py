@@ -172,11 +172,12 @@ class NetworkData(TypedDict):
     ablations: list[str]  # those for which the replacement values are known
     classes: bool
     evaluated_on: dict[str, int]  # "concept" → images on which accuracy can be asked, and "others"
+    images_to_look_at: bool  # whether those that found the circuit are there; else questions must name probes
     limits: dict[str, int]  # "upload_bytes", "upload_pixels"
 
 
 class UploadedData(ProbeData):
-    """POST /api/probe, the image's bytes as body: the probe, to be named by its `id` from then on."""
+    """POST /api/probe, the image's bytes as body: the probe, named by its `id` from then on; GET /api/probe/ID."""
 
     id: str
     picture: str  # data: URI, at most 224 pixels a side

@@ -23,6 +23,7 @@ from viscircuits.contract import NoteData
 from viscircuits.errors import FileFormatError, ViscircuitsError
 from viscircuits.files import write_atomically
 from viscircuits.layout import reveal
+from viscircuits.notes import writable
 
 if TYPE_CHECKING:
     import networkx
@@ -239,7 +240,7 @@ def _networkx() -> Any:
 
 
 def _name(notes: Notes | None, key: str) -> str | None:
-    return notes[key]["name"] if notes and key in notes else None
+    return writable(notes[key]["name"]) if notes and key in notes else None
 
 
 def _widths(circuit: Circuit) -> Iterable[int]:

@@ -1,12 +1,14 @@
 """What people wrote about units and circuits: names and remarks, kept in the result folder.
 
 ``notes.json`` maps a key, ``layer:index`` or ``""`` for the circuit, to a `NoteData`. Writing one note reads the file
-again first, so that two who write at the same time lose nothing but what they wrote about the same unit.
+again first, so that two who write at the same time lose nothing but what they wrote about the same unit. A note that
+was taken away stays in the file as one that says nothing, so that an older copy of it in memory does not bring it back.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -23,13 +25,22 @@ VERSION = 1
 FILE = "notes.json"
 LONGEST = {"name": 80, "text": 4000, "by": 80, "when": 40}  # characters
 
+FORBIDDEN = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # in XML 1.0
+
 Notes = dict[str, NoteData]
 
 _writing = threading.Lock()
 
 
-def load_notes(folder: str | Path) -> Notes:
+def load_notes(folder: str | Path, *, taken_away: bool = False) -> Notes:
     """The notes of a result folder; none if nobody wrote any.
+
+    Parameters
+    ----------
+    folder
+        What `discover` wrote.
+    taken_away
+        Also those that say nothing any more.
 
     Raises
     ------
@@ -46,9 +57,15 @@ def load_notes(folder: str | Path) -> Notes:
     if not isinstance(data, dict) or (data.get("schema"), data.get("version")) != (SCHEMA, VERSION):
         raise FileFormatError(f"{str(path)!r} does not hold viscircuits notes of version {VERSION}")
     try:
-        return {str(key): _checked(key, note) for key, note in data["notes"].items()}
+        notes = {str(key): _checked(key, note) for key, note in data["notes"].items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise FileFormatError(f"{str(path)!r} is damaged: {error}") from error
+    return notes if taken_away else saying(notes)
+
+
+def saying(notes: Mapping[str, NoteData]) -> Notes:
+    """The notes that say anything."""
+    return {key: note for key, note in notes.items() if note["name"] or note["text"]}
 
 
 def save_notes(folder: str | Path, notes: Mapping[str, NoteData]) -> Path | None:
@@ -62,7 +79,7 @@ def save_notes(folder: str | Path, notes: Mapping[str, NoteData]) -> Path | None
 
 
 def merge(mine: Mapping[str, NoteData], theirs: Mapping[str, NoteData]) -> Notes:
-    """The notes of both; where both wrote about the same thing, the later one."""
+    """The notes of both, with those taken away; where both wrote about the same thing, the later one."""
     merged = dict(mine)
     for key, note in theirs.items():
         if key not in merged or _moment(note) > _moment(merged[key]):
@@ -93,16 +110,12 @@ def write_note(
     """
     check_key(circuit, key)
     moment = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    name, text, by = (_writable(part) for part in (name, text, by))
+    name, text, by = (writable(part) for part in (name, text, by))
     note = _checked(key, {"name": name, "text": text, "by": by, "when": moment})
     with _writing:
-        notes = load_notes(folder)
-        if note["name"] or note["text"]:
-            notes[key] = note
-        else:
-            notes.pop(key, None)
+        notes = load_notes(folder, taken_away=True) | {key: note}
         save_notes(folder, notes)
-    return notes
+    return saying(notes)
 
 
 def check_key(circuit: Circuit, key: str) -> None:
@@ -132,14 +145,14 @@ def unit_of(key: str) -> Unit:
         If the key has no index.
     """
     layer, _, index = key.rpartition(":")  # a layer's own name may hold colons
-    if not layer or not index.isdecimal():
+    if not layer or not re.fullmatch(r"0|[1-9][0-9]{0,8}", index):  # one key for one unit
         raise ViscircuitsError(f"a note's key is layer:index, or nothing for the whole circuit; got {key!r}")
     return Unit(layer, int(index))
 
 
-def _writable(text: str) -> str:
-    """The text without blanks around it, and without halves of characters, which no file can hold."""
-    return text.encode("utf-8", "replace").decode("utf-8").strip()
+def writable(text: str) -> str:
+    """The text without blanks around it, halves of characters, which no file can hold, and what XML forbids."""
+    return FORBIDDEN.sub("", text.encode("utf-8", "replace").decode("utf-8")).strip()
 
 
 def _checked(key: Any, note: Mapping[str, Any]) -> NoteData:

@@ -186,7 +186,7 @@ def _layers(circuit: Circuit, shown: Sequence[tuple[Edge, float]]) -> list[Layer
             "name": layer,
             "width": circuit.widths[layer],
             "units": list(indices),
-            "scores": [_short(score) for score in circuit.scores.get(layer, ())],
+            "scores": list(circuit.scores.get(layer, ())),  # in full: the size slider ranks by them
             "chosen": [_short(share) for share in circuit.chosen.get(layer, ())],
             "order": order,
             "column": column[layer],

@@ -15,7 +15,15 @@ from viscircuits.surgery import WITHOUT_EDGES, Edit
 CONSTANT = ("zero", "mean")  # ablations that weights can say
 
 
-def as_python(edit: Edit, removed: Circuit, folder: str | Path, *, title: str, weights: str | None = None) -> str:
+def as_python(
+    edit: Edit,
+    removed: Circuit,
+    folder: str | Path,
+    *,
+    title: str,
+    weights: str | None = None,
+    reference: str | None = None,
+) -> str:
     """A script that opens the network without the edit's units and edges, and shows what images then are.
 
     Parameters
@@ -30,6 +38,8 @@ def as_python(edit: Edit, removed: Circuit, folder: str | Path, *, title: str, w
         The circuit's name.
     weights
         Where the network's weights are, if not where the circuit says.
+    reference
+        Address of the reference images, if not those that the circuit was found with.
     """
     made = removed.provenance
     model, found_in = made.get("model", "custom"), weights or made.get("weights_from", "default")
@@ -49,7 +59,7 @@ def as_python(edit: Edit, removed: Circuit, folder: str | Path, *, title: str, w
         "",
         "from viscircuits import Circuit, Edge, Unit, ablate, batches, edit, load_model, measure, open_images",
         "from viscircuits import prune_edges",
-        *(["from viscircuits.discovery import found_with"] if measured else []),
+        *(["from viscircuits.discovery import found_with"] if measured and reference is None else []),
         "",
         f"spec = load_model({model!r}, weights={found_in!r}){own}",
         f"removed = Circuit(units={_dictionary(removed.units)}, widths={_dictionary(removed.widths)})",
@@ -57,7 +67,7 @@ def as_python(edit: Edit, removed: Circuit, folder: str | Path, *, title: str, w
         *(f"    Edge({_unit(source)}, {_unit(target)}, score=0.0, signed=0.0)," for source, target in edit.edges),
         "]",
         f"ablation = {edit.ablation!r}",
-        *_reference(layers, str(folder), measured),
+        *_reference(layers, str(folder), measured, reference),
         "",
         _BODY,
         *([] if edit.edges or edit.ablation not in CONSTANT or not edit.units else [_SAVE]),
@@ -66,12 +76,14 @@ def as_python(edit: Edit, removed: Circuit, folder: str | Path, *, title: str, w
     return "\n".join(lines)
 
 
-def as_command(edit: Edit, removed: Circuit, folder: str | Path, *, weights: str | None = None) -> str:
+def as_command(
+    edit: Edit, removed: Circuit, folder: str | Path, *, weights: str | None = None, reference: str | None = None
+) -> str:
     """Commands that write the network without the edit's units.
 
     Parameters
     ----------
-    edit, removed, folder, weights
+    edit, removed, folder, weights, reference
         As for `as_python`.
 
     Raises
@@ -87,6 +99,7 @@ def as_command(edit: Edit, removed: Circuit, folder: str | Path, *, weights: str
             "the edit as Python"
         )
     given = [] if weights is None else ["--weights", weights]
+    given += [] if reference is None or edit.ablation == "zero" else ["--reference", reference]
     command = ["viscircuits", "edit", str(folder), "--circuit", "edit.json", "--ablation", edit.ablation, *given]
     written = json.dumps(removed.to_json())
     return f"cat > edit.json <<'END'\n{written}\nEND\n{shlex.join([*command, '--out', 'edited.safetensors'])}\n"
@@ -115,11 +128,12 @@ def _unit(unit: Unit) -> str:
     return f"Unit({unit.layer!r}, {unit.index})"
 
 
-def _reference(layers: list[str], folder: str, measured: bool) -> list[str]:
+def _reference(layers: list[str], folder: str, measured: bool, given: str | None) -> list[str]:
     if not measured:
         return ["reference = None"]
+    found = f"found_with(Circuit.load({folder!r}).provenance, 'reference')"
     return [
-        f"images = found_with(Circuit.load({folder!r}).provenance, 'reference')",
+        f"images = {found if given is None else f'open_images({given!r})'}",
         f"reference = measure(spec, images, {layers!r})",
     ]
 

@@ -231,7 +231,8 @@ def explore(
         spec, circuit, reference=background, tests=_tests(bundle, images, others), labels=labels,
         looked_at=_or_without(lambda: found_with(circuit.provenance, "images"), ""), progress=progress,
     )  # fmt: skip
-    return Explorer(folder, bundle, surgery, None if weights is None else str(weights))
+    said = None if reference is None or background is None else background.address
+    return Explorer(folder, bundle, surgery, None if weights is None else str(weights), said)
 
 
 # ------------------------------------------------------------------ answering
@@ -272,10 +273,20 @@ class Explorer:
         The network, ready to be asked.
     weights
         Where the weights were said to be, for exports.
+    reference
+        Address of the reference images, likewise.
     """
 
-    def __init__(self, folder: Path, bundle: Bundle, surgery: Surgery, weights: str | None = None) -> None:
-        self.folder, self.bundle, self.surgery, self.weights = folder, bundle, surgery, weights
+    def __init__(
+        self,
+        folder: Path,
+        bundle: Bundle,
+        surgery: Surgery,
+        weights: str | None = None,
+        reference: str | None = None,
+    ) -> None:
+        self.folder, self.bundle, self.surgery = folder, bundle, surgery
+        self.given = {"weights": weights, "reference": reference}
         self._uploaded: OrderedDict[str, Probe] = OrderedDict()
         self._kept: dict[str, Probe] = {}
         self._network = ThreadPoolExecutor(1, thread_name_prefix="network")
@@ -302,6 +313,7 @@ class Explorer:
             Route("/favicon.ico", self.icon),
             Route("/api/network", self.network),
             Route("/api/probe", self.upload, methods=["POST"]),
+            Route("/api/probe/{id}", self.uploaded),
             Route("/api/surgery", self.operate, methods=["POST"]),
             Route("/api/accuracy", self.accuracy, methods=["POST"]),
             Route("/api/edge", self.edge, methods=["POST"]),
@@ -365,6 +377,7 @@ class Explorer:
                 "ablations": list(surgery.ablations),
                 "classes": surgery.model.outputs != "embedding",
                 "evaluated_on": surgery.evaluated_on,
+                "images_to_look_at": surgery.looked_at is not None,
                 "limits": LIMITS,
             }
         )
@@ -389,8 +402,15 @@ class Explorer:
         self._uploaded.move_to_end(id_)
         while len(self._uploaded) > N_UPLOADED:
             self._uploaded.popitem(last=False)
-        said = {"id": id_, "name": name, "kind": probe.kind, "picture": _data_uri(probe.picture)}
-        return _json({**said, "answers": probe.answers, "activations": _numbers(probe.activations)})
+        return _json(_told(id_, probe))
+
+    @_answers
+    async def uploaded(self, request: Request) -> Response:
+        """An image that was taken in before, for a page that was loaded anew."""
+        id_ = request.path_params["id"]
+        if id_ not in self._uploaded:
+            raise Refused(404, _gone(id_))
+        return _json(_told(id_, self._uploaded[id_]))
 
     def _decoded(self, data: bytes) -> Image.Image:
         """The picture that was uploaded, made as small as is of use before anything else is done with it."""
@@ -460,9 +480,7 @@ class Explorer:
         probes = self.bundle.probes
         place = re.fullmatch(r"kept:(\d{1,6})", id_, re.ASCII)
         if probes is None or place is None or int(place[1]) >= len(probes):
-            raise Refused(
-                404, f"no probe {id_[:40]!r}: the server keeps the latest {N_UPLOADED} images; give the image again"
-            )
+            raise Refused(404, _gone(id_))
         n = int(place[1])
         probe = await self._asked(request, self.surgery.probe, probes.pictures[n], probes.names[n], probes.kinds[n])
         return self._kept.setdefault(id_, probe)
@@ -493,10 +511,7 @@ class Explorer:
         """What an edge is made of."""
         data = await _read_json(request)
         source, target = (unit_from_json(data.get(end)) for end in ("source", "target"))
-        probes = await self._probes(request, data.get("probes", []))
-        looked_at = list(probes.values())
-        if not looked_at and self.surgery.looked_at is None:
-            looked_at = list((await self._probes(request, self._all_kept())).values())
+        looked_at = await self._to_look_at(request, data)
         found = await self._asked(request, self.surgery.connection, source, target, looked_at)
         names = [probe.name for probe in looked_at] or found.images
         contributions = [
@@ -505,8 +520,12 @@ class Explorer:
         kernel = {"side": found.side, "values": _numbers(found.kernels[0].ravel())}
         return _json({"kernel": kernel, "contributions": contributions})
 
-    def _all_kept(self) -> list[str]:
-        return [f"kept:{i}" for i in range(min(N_ASKED, len(self.bundle.probes or ())))]
+    async def _to_look_at(self, request: Request, data: Mapping[str, Any]) -> list[Probe]:
+        """The probes a question names; if it names none and the images that found the circuit are gone, those kept."""
+        asked = data.get("probes", [])
+        if not asked and self.surgery.looked_at is None:
+            asked = [f"kept:{i}" for i in range(min(N_ASKED, len(self.bundle.probes or ())))]
+        return list((await self._probes(request, asked)).values())
 
     # -------------------------------------------------------------- what is kept
 
@@ -537,14 +556,13 @@ class Explorer:
         self.surgery.check(edit)
         removed = self.surgery.removed(edit)
         if kind == "python":
-            return PlainTextResponse(
-                as_python(edit, removed, self.folder, title=self.bundle.title, weights=self.weights)
-            )
+            return PlainTextResponse(as_python(edit, removed, self.folder, title=self.bundle.title, **self.given))
         if kind == "command":
-            return PlainTextResponse(as_command(edit, removed, self.folder, weights=self.weights))
+            return PlainTextResponse(as_command(edit, removed, self.folder, **self.given))
         if kind != "weights":
             raise ViscircuitsError(f"an edit is exported as python, command or weights, not as {str(kind)[:40]!r}")
-        folded = await self._asked(request, self.surgery.weights, edit)
+        probes = await self._to_look_at(request, data)
+        folded = await self._asked(request, self.surgery.weights, edit, probes)
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", self.bundle.title).strip("-") or "circuit"
         headers = {"Content-Disposition": f'attachment; filename="{name}-edited.safetensors"'}
         return Response(folded, media_type="application/octet-stream", headers=headers)
@@ -566,6 +584,15 @@ class Explorer:
     def _check_going_on(self) -> None:
         if self._ending.is_set():
             raise Refused(503, "the server is ending; nothing was changed")
+
+
+def _told(id_: str, probe: Probe) -> dict[str, Any]:
+    said = {"id": id_, "name": probe.name, "kind": probe.kind, "picture": _data_uri(probe.picture)}
+    return {**said, "answers": probe.answers, "activations": _numbers(probe.activations)}
+
+
+def _gone(id_: str) -> str:
+    return f"no probe {id_[:40]!r}: the server keeps the latest {N_UPLOADED} images; give the image again"
 
 
 # ------------------------------------------------------------------ below: opening and listening

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -66,7 +67,7 @@ def save_visualisations(folder: str | Path, visualisations: Iterable[Visualisati
     old = _files_listed(folder)
     listed: list[dict[str, Any]] = []
     for each in visualisations:
-        layer = each.unit.layer.replace(":", "-").replace("/", "-")
+        layer = quote(each.unit.layer, safe="")  # one name for one layer, and no path
         rank = sum(other["layer"] == each.unit.layer and other["index"] == each.unit.index for other in listed)
         name = f"{FOLDER}/{layer}_{each.unit.index}_{rank}.png"
         buffer = io.BytesIO()

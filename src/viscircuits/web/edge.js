@@ -1,7 +1,9 @@
 // One edge: its effective kernel, where its source sits, and what it contributed on each image.
-import { data, edges, on, state, units } from "viscircuits/store.js";
+import { data, edges, link, on, state, units } from "viscircuits/store.js";
 import { called, count, figure, known, make, percent, signedPercent, sum, sureness, verb } from "viscircuits/words.js";
-import { copyButton, openEdge, refill, selectButton, shareOf, unitButton } from "viscircuits/pieces.js";
+import { copyButton, openEdge, refill, selectButton, unitButton } from "viscircuits/pieces.js";
+import { shareOf } from "viscircuits/paths.js";
+import { inView, network } from "viscircuits/probe.js";
 import { histogram, signedBars } from "viscircuits/bars.js";
 import { ask, served } from "viscircuits/remote.js";
 
@@ -27,7 +29,7 @@ function fill() {
   refill(element, make("h2", {}, label(units[edge.source]), " → ", label(units[edge.target])),
     make("div", { class: "ends" }, unitButton(units[edge.source], { "data-key": "source" }), make("span", { class: `arrow ${verb(edge)}`, "aria-label": verb(edge), role: "img" }), unitButton(units[edge.target], { "data-key": "target" })),
     make("p", { class: "note" }, standing(edge)),
-    make("div", { class: "toolrow" }, selectButton("edges", edge.place), copyButton("Copy link", () => location.href)),
+    make("div", { class: "toolrow" }, selectButton("edges", edge.place), copyButton("Copy link", link)),
     kernelSection(edge, made.kernel), contributionSection(edge, made.contributions), waiting(edge, made));
 }
 const label = (unit) => called(unit) || unit.name;
@@ -43,7 +45,7 @@ function choices() {
 
 function standing(edge) {
   const target = units[edge.target], sure = sureness(edge);
-  const what = `The source ${verb(edge)} the target. Score ${figure(edge.score)}; ${signedPercent(shareOf(edge, "source"))} of what ${label(target)} receives in the circuit, ${percent(edge.share)} of the attribution between the two layers.`;
+  const what = `The source ${verb(edge)} the target. Score ${figure(edge.score)}; ${signedPercent(shareOf(edge, "ins"))} of what ${label(target)} receives in the circuit, ${percent(edge.share)} of the attribution between the two layers.`;
   return sure ? `${what} It is ${sure}.` : what;
 }
 
@@ -78,7 +80,11 @@ function waiting(edge, { kernel, contributions }) {
   if (!served) return make("p", { class: "note empty" }, "This page holds no kernel for this edge; it keeps those of the edges shown first. ", make("code", {}, "viscircuits view DIR --serve"), " computes any other.");
   const place = make("div", { class: "asking" }, make("p", { class: "note" }, "Asking the network for its kernel…"));
   const name = (unit) => [data.layers[unit.layer].name, unit.index];
-  ask("/api/edge", { json: { source: name(units[edge.source]), target: name(units[edge.target]) }, topic: "edge", into: place }).then((answer) => {
+  const asking = async () => {
+    const probes = (await network())?.images_to_look_at ? [] : inView();  // without images of its own the server takes these
+    return ask("/api/edge", { json: { source: name(units[edge.source]), target: name(units[edge.target]), probes }, topic: "edge", into: place });
+  };
+  asking().then((answer) => {
     if (!answer) { place.querySelector(".note")?.remove(); return; }
     fetched.set(edge.place, answer);
     if (state.edge === edge.place) fill();

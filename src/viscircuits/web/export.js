@@ -1,5 +1,5 @@
 // The graph in view as SVG and PNG, and how to cite it, make it again, and link to it.
-import { data, state, units } from "viscircuits/store.js";
+import { data, link, state, units } from "viscircuits/store.js";
 import { announce, called, make } from "viscircuits/words.js";
 import { copyButton, download, fileName } from "viscircuits/pieces.js";
 import { drawing } from "viscircuits/graph.js";
@@ -21,7 +21,7 @@ function fill(dialog) {
   const block = (text, label) => [make("pre", { tabindex: 0, "aria-label": label }, text), make("div", { class: "toolrow" }, copyButton(`Copy ${label.toLowerCase()}`, text))];
   dialog.replaceChildren(make("h2", {}, "Export"),
     make("h3", {}, "The graph as it stands"), make("p", { class: "note" }, "SVG is a true vector, ready for PDF: text stays text, pictures are inside. PNG has two pixels for one."),
-    make("div", { class: "toolrow" }, button("SVG", saveSvg), button("PNG", savePng), copyButton("Copy link to this state", () => location.href)), trouble,
+    make("div", { class: "toolrow" }, button("SVG", saveSvg), button("PNG", savePng), copyButton("Copy link to this state", link)), trouble,
     make("h3", {}, "Citation"), ...block(citation(), "Citation"),
     ...(data.command ? [make("h3", {}, "Command that made it"), ...block(data.command, "Command")] : []),
     make("form", { method: "dialog", class: "toolrow" }, make("button", { class: "tool" }, "Close")));

@@ -3,8 +3,9 @@
 import { activations, activationsSigned, data, edges, on, set, state, units } from "viscircuits/store.js";
 import { $, announce, called, count, describe, face, figure, known, make, percent, picture, plural, shotsOf, signedPercent, sum, sureness, verb } from "viscircuits/words.js";
 import { HEAD, arrange, captionOf, curve, distance, endMark } from "viscircuits/layout.js";
-import { edgeInView, inView, pathsOf, relative } from "viscircuits/paths.js";
+import { edgeInView, inView, pathsOf, relative, shareOf } from "viscircuits/paths.js";
 import { search } from "viscircuits/finding.js";
+import { isThere } from "viscircuits/probe.js";
 import { served } from "viscircuits/remote.js";
 
 const CHUNK = 2500, LEAST_LIT = 0.003, MOST_LIT = 600, STRONG = 0.02, LABELLED = 60, LABELLED_TINY = 24, NEAR = 7, VEIL = 0.84;
@@ -29,7 +30,7 @@ export function mountGraph({ size, rows }) {
   const shape = ["fraction", "least", "collapsed", "members"];
   on(shape, place);
   on(["shown", "skips"], (changed) => { if (!changed.some((key) => shape.includes(key))) { gather(); drawAll(); light(); } });
-  on(["face", "mosaic", "probe"], (changed) => { if (changed.some((key) => key !== "probe") || state.face === "heat") dress(); });
+  on(["face", "mosaic", "probe", "probes"], (changed) => { if (changed.some((key) => !key.startsWith("probe")) || state.face === "heat") dress(); });
   on(["notes"], name);
   on(["focus"], focused);
   on(["pinned", "selected"], mark);
@@ -87,7 +88,7 @@ export const hasMosaic = () => $("stage").classList.contains("mosaic");
 
 /** Where the probe excites the unit, which a server can tell; fetched when it comes into view. */
 function heatOf(unit) {
-  if (!served || !state.probe) return null;
+  if (!served || !isThere(state.probe)) return null;
   const query = new URLSearchParams({ layer: data.layers[unit.layer].name, index: unit.index, probe: state.probe });
   return [make("img", { class: "heatmap", loading: "lazy", alt: "", src: `/api/heat?${query}` })];
 }
@@ -412,8 +413,8 @@ function passing(unit) {
   return make("p", { class: "passing" }, share ? [make("b", {}, signedPercent(share)), ` of what ${called(focus) || focus.name} ${before ? "receives" : "gives"} passes here.`] : `Nothing that ${called(focus) || focus.name} receives or gives passes here.`);
 }
 function ends(title, list, end) {
-  const mine = list.filter((edge) => look.visible[edge[end]]).slice(0, 3), whole = sum(list.map((edge) => edge.share)) || 1;
-  return mine.length ? make("p", {}, `${title} `, mine.map((edge, i) => [i ? ", " : "", called(units[edge[end]]) || units[edge[end]].name, " ", make("b", { class: verb(edge) }, signedPercent((Math.sign(edge.signed) * edge.share) / whole))])) : null;
+  const mine = list.filter((edge) => look.visible[edge[end]]).slice(0, 3), side = end === "source" ? "ins" : "outs";
+  return mine.length ? make("p", {}, `${title} `, mine.map((edge, i) => [i ? ", " : "", called(units[edge[end]]) || units[edge[end]].name, " ", make("b", { class: verb(edge) }, signedPercent(shareOf(edge, side)))])) : null;
 }
 
 function edgeCard(line) {

@@ -4,7 +4,16 @@ import { known, sum } from "viscircuits/words.js";
 
 /** Units by column, so that every edge leads from an earlier to a later one. */
 const inOrder = [...units].sort((a, b) => data.layers[a.layer].column - data.layers[b.layer].column || a.layer - b.layer);
-const whole = { ins: units.map((unit) => sum(unit.ins.map((edge) => edge.share)) || 1), outs: units.map((unit) => sum(unit.outs.map((edge) => edge.share)) || 1) };
+/**
+ * What an edge counts for among all that enter a unit, or leave it. Scores of edges that enter one unit are all in its
+ * own units, whatever layer they come from. Edges that leave one are in those of their targets, so there an edge counts
+ * by its share of its pair of layers.
+ */
+export const weight = { ins: (edge) => Math.abs(edge.score), outs: (edge) => edge.share };
+const whole = Object.fromEntries(["ins", "outs"].map((list) => [list, units.map((unit) => sum(unit[list].map(weight[list])) || 1)]));
+
+/** An edge's signed share of all that its target receives ("ins"), or its source gives ("outs"). */
+export const shareOf = (edge, list) => (Math.sign(edge.signed) * weight[list](edge)) / whole[list][list === "ins" ? edge.target : edge.source];
 
 /**
  * The paths that end or begin at a unit, through units that are in view.
@@ -31,7 +40,7 @@ function spread(from, list, end, flow, through, visible) {
   if (!arrived) return;
   for (const edge of from[list]) {
     if (!visible[edge[end]]) continue;
-    const share = (arrived * edge.share * Math.sign(edge.signed)) / whole[list][from.id];
+    const share = arrived * shareOf(edge, list);
     flow[edge[end]] += share;
     through.push({ edge, share });
   }

@@ -1,18 +1,13 @@
 // What several panels are made of: a row for an edge, a unit's button, and content that is replaced without losing focus.
 import { data, edges, set, state, units } from "viscircuits/store.js";
-import { announce, called, figure, known, make, picture, signedPercent, sum, verb } from "viscircuits/words.js";
+import { shareOf } from "viscircuits/paths.js";
+import { announce, called, figure, known, make, picture, signedPercent, verb } from "viscircuits/words.js";
 
 /** A probability, to a hundredth of a percent. */
 export const probability = (p) => (known(p) ? `${(100 * p).toFixed(2)}\u202f%` : "–");
 
 /** An image's name without its folders. */
 export const shortName = (name) => name.split("/").pop() || name;
-
-/** An edge's share of all that its target receives, or of all that its source gives, signed. */
-export function shareOf(edge, end) {
-  const all = end === "source" ? units[edge.target].ins : units[edge.source].outs;
-  return (Math.sign(edge.signed) * edge.share) / (sum(all.map((each) => each.share)) || 1);
-}
 
 export function goTo(unit) { set({ focus: unit.id, panel: "unit" }); }
 export function openEdge(edge) { set({ edge: edge.place, panel: "edge" }); }
@@ -46,7 +41,7 @@ export function unitButton(unit, attributes = {}) {
 
 /** A neighbour: who it is, and how much of the unit's attribution comes from or goes to it; beside it, the edge itself. */
 export function edgeRow(edge, end) {
-  const other = units[edge[end]], share = shareOf(edge, end), draws = data.selection?.confidence?.draws;
+  const other = units[edge[end]], share = shareOf(edge, end === "source" ? "ins" : "outs"), draws = data.selection?.confidence?.draws;
   const sure = known(edge.chosen) && draws ? ` · ${Math.round(edge.chosen * draws)} of ${draws} draws` : "";
   const words = `${other.name}${called(other) ? `, ${called(other)}` : ""}`;
   return make("li", { class: "neighbour" },

@@ -7,7 +7,7 @@ import { HOW_TO_SERVE, ask, report, served } from "viscircuits/remote.js";
 
 const LISTED = 10;
 const uploaded = [];
-let element, trouble, limits = {};
+let element, trouble, lost, limits = {};
 
 export const panel = {
   name: "probe",
@@ -16,9 +16,12 @@ export const panel = {
   mount(place) {
     trouble = make("div", { class: "trouble" });
     element = make("div");
-    place.append(trouble, element);
-    on(["probe", "probe2", "notes"], fill);
+    lost = make("div", { class: "trouble" });
+    place.append(trouble, lost, element);
+    on(["probe", "probe2", "probes", "notes"], fill);
+    on(["probe", "probe2"], fetchMissing);
     listen();
+    fetchMissing();
     if (served) network().then((known) => { limits = known?.limits ?? {}; });
     fill();
   },
@@ -37,6 +40,24 @@ export const current = () => (find(state.probe) ?? probes()[0])?.id ?? null;
 /** The one or two probes in view. */
 export const inView = () => [current(), find(state.probe2)?.id].filter(Boolean);
 export const nameOfProbe = (id) => (find(id) ? shortName(find(id).name) : "the image");
+
+/** Whether there is a probe of that name. */
+export const isThere = (id) => find(id) !== null;
+
+const sought = new Set();
+/** Images that the address names and the server has seen, before this page was loaded. */
+function fetchMissing() {
+  for (const id of [state.probe, state.probe2]) {
+    if (!served || !id || isThere(id) || id.startsWith("kept:") || sought.has(id)) continue;
+    sought.add(id);
+    ask(`/api/probe/${encodeURIComponent(id)}`, { into: lost }).then((probe) => { if (probe && !isThere(id)) hold(probe); });
+  }
+}
+
+function hold(probe) {
+  uploaded.push(probe);
+  set({ probes: uploaded.length });
+}
 
 let asked = null;
 /** What the served network can be asked; asked for once, and again if that failed. */
@@ -126,7 +147,7 @@ async function upload(files) {
     if (refused) { report(new Error(refused), trouble); continue; }
     const probe = await ask("/api/probe", { method: "POST", body: file, headers: { "Content-Type": file.type, "X-Name": encodeURIComponent(file.name || "pasted image") }, into: trouble });
     if (!probe) continue;
-    uploaded.push(probe);
+    if (!isThere(probe.id)) hold(probe);
     announce(`The network saw ${probe.name}.`);
     set({ probe: probe.id, probe2: null, panel: "probe" });
   }

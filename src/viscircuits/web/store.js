@@ -32,7 +32,10 @@ function connect() {
     edge.strength = Math.sqrt(edge.share / (strongest.get(pairOf(edge)) || 1));
     covered.push(covered.at(-1) + edge.share / (strongest.size || 1));
   }
-  for (const unit of units) [unit.ins, unit.outs].forEach((list) => list.sort((a, b) => b.share - a.share));
+  for (const unit of units) {
+    unit.ins.sort((a, b) => Math.abs(b.score) - Math.abs(a.score));  // all in the unit's own units; what leaves it is not
+    unit.outs.sort((a, b) => b.share - a.share);
+  }
 }
 
 const byName = new Map(units.map((unit) => [unit.name, unit.id]));
@@ -51,7 +54,7 @@ const ABLATIONS = Object.keys(data.evaluation?.full?.by_ablation ?? {});
 const FRESH = {
   focus: null, edge: null, pinned: new Set(), hovered: null, selected: { units: new Set(), edges: new Set() },
   fraction: 1, shown: manyEdges, collapsed: new Set(), least: 0, skips: true, query: "", probe: null, probe2: null,
-  face: "exemplars", mosaic: null, members: new Set([1, 2, 3]), ablation: ABLATIONS[0] ?? data.evaluation?.ablation ?? null, panel: "evaluation", alone: false, notes: 0,
+  face: "exemplars", mosaic: null, members: new Set([1, 2, 3]), ablation: ABLATIONS[0] ?? data.evaluation?.ablation ?? null, panel: "evaluation", alone: false, notes: 0, probes: 0,
 };
 export const state = { ...FRESH };
 
@@ -131,6 +134,13 @@ function remember(push) {
   const now = performance.now();
   if (push || now - wrote > 250) { wrote = now; write(push); } else writing = setTimeout(() => { wrote = performance.now(); write(false); }, 250);
 }
+/** The address of what is in view, also of what was only just changed. */
+export function link() {
+  clearTimeout(writing);
+  write(false);
+  return location.href;
+}
+addEventListener("pagehide", link);
 function write(push) {
   const text = written();
   if (text === last) return;
@@ -162,7 +172,7 @@ Object.assign(state, readAddress(location.hash));
 addEventListener("hashchange", () => {
   if (location.hash.slice(1) === last) return;
   last = location.hash.slice(1);
-  const { notes, hovered, ...found } = readAddress(location.hash);
+  const { notes, probes, hovered, ...found } = readAddress(location.hash);
   const changed = Object.keys(found).filter((key) => !Object.is(state[key], found[key]));
   Object.assign(state, found);
   tell(changed);

@@ -23,7 +23,7 @@ export const panel = {
     element = make("div");
     place.append(element);
     on(["selected"], changed);
-    on(["probe", "probe2"], operate);
+    on(["probe", "probe2", "probes"], operate);
     on(["notes"], fill);
     addEventListener("pagehide", () => stop("accuracy"));
     if (served) network().then(learn);
@@ -58,7 +58,7 @@ function settle(now) {
   measured = null;
   callOff();
   [trouble, untold, exported].forEach((place) => place.replaceChildren());
-  if (!size(basket)) answers = null;
+  answers = null;  // what was answered to another edit
   fill();
   operate();
 }
@@ -119,7 +119,7 @@ function callOff() {
 async function exportAs(kind) {
   if (!served) { showText(kind, kind === "python" ? python(edit()) : command(edit())); return; }
   const read = (response) => (kind === "weights" ? response.blob() : response.text());
-  const answer = await ask("/api/export", { json: { edit: edit(), kind }, topic: "export", into: exported, read });
+  const answer = await ask("/api/export", { json: { edit: edit(), kind, probes: inView() }, topic: "export", into: exported, read });
   if (answer === null) return;
   if (kind === "weights") { download(fileName("-edited.safetensors"), answer); announce("The weights are being downloaded."); }
   else showText(kind, answer);

@@ -1,6 +1,6 @@
 // The page of one unit: its pictures, what it is connected to, what is known about it. Its address is a permanent link.
-import { data, on, set, state, units } from "viscircuits/store.js";
-import { called, count, figure, known, make, picture, sum, sureness } from "viscircuits/words.js";
+import { data, link, on, set, state, units } from "viscircuits/store.js";
+import { called, count, figure, known, make, picture, sureness } from "viscircuits/words.js";
 import { copyButton, edgeRow, refill, selectButton, shortName, tileOf } from "viscircuits/pieces.js";
 import { editor } from "viscircuits/notes.js";
 import { current, nameOfProbe } from "viscircuits/probe.js";
@@ -16,7 +16,7 @@ export const panel = {
   available: () => true,
   mount(place) {
     element = place;
-    on(["focus", "face", "selected", "probe", "notes", "edge", "pinned"], fill);
+    on(["focus", "face", "selected", "probe", "probes", "notes", "edge", "pinned"], fill);
     fill();
   },
 };
@@ -31,7 +31,7 @@ function fill() {
   refill(element,
     make("h2", { class: name ? "called" : null }, name || unit.name), name ? make("p", { class: "where" }, unit.name) : null,
     make("p", { class: "note" }, standing(unit)),
-    make("div", { class: "toolrow" }, selectButton("units", unit.id), pinButton(unit), copyButton("Copy link", () => location.href)),
+    make("div", { class: "toolrow" }, selectButton("units", unit.id), pinButton(unit), copyButton("Copy link", link)),
     faces(unit), neighbours("Strongest incoming", unit.ins, "source"), neighbours("Strongest outgoing", unit.outs, "target"),
     elsewhere(unit), make("section", { class: "noted" }, make("h3", {}, "Note"), editor(unit.name, `Note on ${unit.name}`)));
   if (element.dataset.unit !== unit.name) element.scrollTop = 0;
@@ -108,7 +108,7 @@ function heatMap(unit) {
 function neighbours(title, list, end) {
   if (!list.length) return null;
   const more = list.length > LISTED ? `The ${LISTED} strongest of ${count(list.length)}. ` : "";
-  const whole = sum(list.map((edge) => edge.share)) > 0;
+  const whole = list.some((edge) => edge.share > 0);
   return make("section", {}, make("h3", {}, title),
     make("p", { class: "note" }, `${more}${whole ? `Signed share of what this unit ${end === "source" ? "receives" : "gives"} in the circuit; below it the score. › opens the edge.` : ""}`),
     make("ul", { class: "rows" }, list.slice(0, LISTED).map((edge) => edgeRow(edge, end))));
