@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from datetime import datetime, timezone
 
@@ -19,7 +20,7 @@ from viscircuits.errors import FileFormatError, ViscircuitsError
 from viscircuits.evaluation import SCHEMA, VERSION, Evaluation
 from viscircuits.exemplars import Exemplar
 from viscircuits.matrices import AttributionMatrix, Attributions
-from viscircuits.notes import load_notes, save_notes
+from viscircuits.notes import load_notes, save_notes, write_note
 from viscircuits.probes import Probes
 from viscircuits.visualisations import Visualisation
 
@@ -221,6 +222,21 @@ def shown(monkeypatch) -> list[dict]:
     asked: list[dict] = []
     monkeypatch.setattr(room, "page", lambda circuit, *_, **rest: asked.append({"circuit": circuit, **rest}) or "page")
     return asked
+
+
+def test_a_note_that_was_taken_away_while_a_bundle_was_in_memory_is_not_brought_back(tmp_path):
+    write_note(tmp_path, CIRCUIT, "b:0", text="ear")
+    held = replace(FULL, notes=load_notes(tmp_path))
+    write_note(tmp_path, CIRCUIT, "b:0")
+    held.save(tmp_path)
+    assert load_notes(tmp_path) == {}
+    assert Bundle.load(tmp_path).notes == {}
+    assert "ear" not in json.dumps(page_notes((tmp_path / "index.html").read_text(encoding="utf-8")))
+
+
+def page_notes(html: str) -> dict:
+    """The notes that a page shows."""
+    return json.loads(re.search(r'<script[^>]*id="data">(.*?)</script>', html, re.DOTALL)[1])["notes"]
 
 
 def test_the_page_is_given_every_part_and_no_note_that_fits_no_unit(shown):
