@@ -139,6 +139,13 @@ def test_a_network_with_one_output_has_nothing_to_protect():
         find(task, "anchored", protect=1.0)
 
 
+def test_a_way_to_judge_answers_is_checked_even_where_nothing_is_protected():
+    task = make_task(Linear([[1.0, 1.0, 0.0]]), ["units"], vectors([1.0, 1.0, 1.0]), vectors([0.0, 0.0, 0.0]))
+    for protect in (0.0, 1.0):
+        with pytest.raises(ViscircuitsError, match="typo"):
+            find(task, "anchored", protect=protect, answers="typo")
+
+
 def test_a_concept_that_every_output_answers_leaves_nothing_to_protect():
     task = removal_task()
     both = replace(task, concept_labels=torch.arange(len(task.concept)) % 2)

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import poisson
 from typer.testing import CliRunner
 
 from viscircuits.circuit import Circuit
 from viscircuits.cli import app
-from viscircuits.errors import ImageError, ViscircuitsError
+from viscircuits.errors import ImageError, ModelError, ViscircuitsError
 from viscircuits.experiments import hierarchy as rooms
 from viscircuits.experiments.hierarchy import ALL, LATER, hierarchy
 from viscircuits.experiments.hierarchy_analysis import Shared, in_most_by_chance, overlaps_of
@@ -240,6 +241,11 @@ def test_chance_of_a_backbone_is_what_random_circuits_share():
     assert Shared(0, (0, 0, 0), 0, 2.0).p == 1
 
 
+def test_the_tail_of_many_expected_units_is_that_of_poissons_distribution():
+    for n, mean in ((900, 850.0), (2000, 2100.0), (3, 1e-5)):
+        assert Shared(n, (n, 0, 0), 0, mean).p == pytest.approx(float(poisson.sf(n - 1, mean)), rel=1e-6)
+
+
 # ------------------------------------------------------------------ the experiment
 
 
@@ -312,6 +318,39 @@ def test_replaying_the_early_half_changes_nothing(tmp_path):
     _ = run._untouched
     with rooms.ablate(spec, circuit, "mean", reference=run._statistics):
         assert torch.equal(run._answers(LATER), whole)
+
+
+def test_the_most_active_others_never_come_from_the_backbone(tmp_path):
+    concepts = rendered_tree(2, 0)[:2]
+    spec = rooms.train_small(RENDERED, each=4, steps=2)
+    chain = tuple(rooms.find_layers(spec, concepts[0].first, None))
+    run = rooms._Run(rooms.Setting(spec, chain, tuple(concepts), 0.7, 0), Kept(tmp_path / "x", {}), tmp_path, False)
+    layer, width = run.setting.addresses[0], run.setting.widths[run.setting.addresses[0]]
+    most = list(range(width * 3 // 4))
+    assert sorted(run._as_active({layer: most})[layer]) == list(range(width * 3 // 4, width))
+
+
+def test_an_image_of_the_same_name_is_not_taken_for_another(tmp_path):
+    for path in ("animal/dog", "animal/cat", "car", "boat"):
+        save_images(tmp_path / path, 8)
+    before = [rooms._named(concept) for concept in open_tree(tmp_path, 4, seed=0)]
+    Image.new("RGB", (20, 20), (0, 200, 0)).save(tmp_path / "car" / "0.png")
+    after = [rooms._named(concept) for concept in open_tree(tmp_path, 4, seed=0)]
+    assert [a == b for a, b in zip(before, after, strict=True)].count(False) == 1
+
+
+def test_weights_that_do_not_fit_are_an_error_and_no_reason_to_take_another_network(tmp_path):
+    with pytest.raises(ModelError, match=r"none\.safetensors"):
+        hierarchy(tmp_path, weights=tmp_path / "none.safetensors")
+    with pytest.raises(ViscircuitsError, match="is trained here and takes no weights"):
+        hierarchy(tmp_path, weights="none", quick=True)
+
+
+def test_what_others_put_into_the_folder_stays(tmp_path):
+    (tmp_path / "attributions").mkdir()
+    (tmp_path / "attributions" / "mine.txt").write_text("mine")
+    hierarchy(tmp_path, quick=True, units=0.25)
+    assert [path.name for path in (tmp_path / "attributions").iterdir()] == ["mine.txt"]
 
 
 def test_a_network_of_embeddings_is_refused(tmp_path, monkeypatch):

@@ -12,11 +12,12 @@ from PIL import Image
 from torch import nn
 
 from viscircuits.errors import FileFormatError, ImageError, ModelError, ViscircuitsError
+from viscircuits.experiments import pictures
 from viscircuits.experiments import reader as reading
 from viscircuits.experiments.attacks import Outcome, attack, fall, tell
 from viscircuits.experiments.defences import bits, of_bits, painted
 from viscircuits.experiments.lettering import Hand, blank, nonsense, write
-from viscircuits.experiments.pictures import dealt_classes, read_photographs, render_photographs
+from viscircuits.experiments.pictures import dealt_classes, photograph_files, read_photographs, render_photographs
 from viscircuits.experiments.sentences import _encoded, tokens
 from viscircuits.experiments.translations import TRANSLATIONS
 from viscircuits.experiments.typographic import typographic
@@ -80,14 +81,50 @@ def test_translations_cover_the_rendered_classes():
 
 def test_classes_are_dealt_without_losing_a_photograph():
     photographs = render_photographs(2, 0)
-    ours, others = dealt_classes(photographs, 4, seed=1)
+    ours, others = (photographs.of_classes(names) for names in dealt_classes(photographs.classes, 4, seed=1))
     assert len(ours.classes) == 4 and set(ours.classes).isdisjoint(others.classes)
     assert len(ours) + len(others) == len(photographs)
     for label, name in enumerate(ours.classes):
         theirs = photographs.pixels[photographs.labels == photographs.classes.index(name)]
         assert (ours.pixels[ours.labels == label] == theirs).all()
     with pytest.raises(ImageError, match="photographs of something else"):
-        dealt_classes(photographs, 7, seed=1)
+        dealt_classes(photographs.classes, 7, seed=1)
+    with pytest.raises(ImageError, match="2 classes or more, got 1"):
+        dealt_classes(photographs.classes, 1, seed=1)
+
+
+def save_photographs(folder, each: int, classes=("blue", "red"), scale: int = 1) -> None:
+    """Rendered pictures as a folder of class folders."""
+    for name in classes:
+        photographs = render_photographs(each, 1).of_classes((name,))
+        (folder / name).mkdir(parents=True)
+        for place, pixels in enumerate(photographs.pixels):
+            picture = Image.fromarray(pixels)
+            picture.resize((64 * scale, 64 * scale)).save(folder / name / f"{place}.png")
+
+
+def test_what_is_no_photograph_is_passed_over(tmp_path):
+    save_photographs(tmp_path, 2)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "a.png").touch()
+    (tmp_path / "red" / "Thumbs.db").touch()
+    (tmp_path / "red" / "._0.png").touch()
+    assert {name: [path.name for path in paths] for name, paths in photograph_files(tmp_path).items()} == {
+        "blue": ["0.png", "1.png"], "red": ["0.png", "1.png"],
+    }  # fmt: skip
+    assert len(read_photographs(tmp_path)) == 4
+
+
+def test_an_odd_folder_of_photographs_is_named(tmp_path):
+    save_photographs(tmp_path / "train", 2)
+    with pytest.raises(ImageError, match="has no folder 'val'"):
+        photograph_files(tmp_path, "val")
+    (tmp_path / "train" / "green").mkdir()
+    with pytest.raises(ImageError, match=r"green' has no images"):
+        photograph_files(tmp_path, "train")
+    (tmp_path / "train" / "green" / "torn.png").write_bytes(b"no")
+    with pytest.raises(ImageError, match=r"cannot read .*torn\.png"):
+        read_photographs(tmp_path, "train")
 
 
 def test_a_folder_without_classes_is_refused(tmp_path):
@@ -227,6 +264,30 @@ def test_a_reader_trained_in_two_goes_is_the_one_trained_in_one(tmp_path, short,
     assert not (tmp_path / "parts.safetensors.part").exists()
 
 
+def test_a_draft_of_other_pictures_is_not_taken_up(tmp_path, short, scenes, monkeypatch):
+    monkeypatch.setattr(reading, "KEPT_EVERY", 1)
+    whole = reading.train_reader(*scenes, tmp_path / "whole.safetensors", short)
+
+    def keep_and_stop(self, *args):
+        keep(self, *args)
+        raise KeyboardInterrupt
+
+    keep = reading._Learning.keep
+    others = render_photographs(3, 9), scenes[1]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(reading._Learning, "keep", keep_and_stop)
+        reading.train_reader(*others, tmp_path / "parts.safetensors", short)
+    assert (tmp_path / "parts.safetensors.part").is_file()
+    again = reading.train_reader(*scenes, tmp_path / "parts.safetensors", short)
+    assert again.read_bytes() == whole.read_bytes()
+
+
+def test_a_small_reader_says_that_it_knows_no_other_names(tmp_path, short, scenes):
+    path = reading.train_reader(*scenes, tmp_path / "r.safetensors", short)
+    with pytest.raises(ModelError, match=r"knows red, green.*no other names, such as 'tabby'"):
+        reading.load_reader(path, ["red", "tabby"])
+
+
 def test_a_reader_is_read_back_with_its_card(tmp_path, short, scenes):
     path = reading.train_reader(*scenes, tmp_path / "r.safetensors", short, about={"licence": "none"})
     spec = reading.load_reader(path)
@@ -326,11 +387,12 @@ def test_the_quick_run_reports_everything_and_ends_with_protected_weights(quick)
     text = page.read_text(encoding="utf-8")
     assert "<script" not in text and "Without the circuit of text" in text
     chosen = report.data["chosen"]
-    spec = reading.load_reader(out / "reader.safetensors")
-    photographs = render_photographs(12, 3000)
-    trial = attack(spec, photographs, "clean", Hand(height=(0.18, 0.28)), 0)
+    kept = next(out.glob("reader-*.safetensors"))
+    spec = reading.load_reader(kept)
+    photographs = render_photographs(12, 3000).of_classes(reading.card_of(kept)["classes"])
+    trial = attack(spec, photographs, "clean", Hand(), 0)
     removed = of_bits(report.data["removed"]["kinds"]["clean"])
-    edited = reading.load_reader(out / "reader.safetensors")
+    edited = reading.load_reader(kept)
     from viscircuits.models import load_state
 
     load_state(edited.model, out / "protected.safetensors")
@@ -345,3 +407,71 @@ def test_a_finished_run_computes_nothing_again(quick, monkeypatch):
     again = typographic(out, quick=True)
     assert (out / "parts.jsonl").read_text(encoding="utf-8") == lines
     assert json.dumps(again.data, default=str) == json.dumps(report.data, default=str)
+
+
+# ------------------------------------------------------------------ photographs
+
+
+def test_the_strongest_word_is_chosen_anew_against_the_protected_network(quick):
+    report, _ = quick
+    row = next(row for row in report.tables[0].rows if row[0] == "strongest word, chosen anew")
+    anew = of_bits(report.data["removed"]["adaptive"])
+    assert row[5] == anew.success and row[1] == of_bits(report.data["whole"]["strongest word"]).accuracy
+
+
+def test_no_reader_of_ones_own_is_written_over(quick, tmp_path):
+    mine = tmp_path / "reader.safetensors"
+    mine.write_bytes(b"mine")
+    for path in quick[1].iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    typographic(tmp_path, quick=True)
+    assert mine.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("model", ["lite0", "nowhere.safetensors"])
+def test_a_network_that_does_not_read_is_named(tmp_path, model):
+    with pytest.raises(ViscircuitsError, match=f"{model}' is no network that reads; .*'reader'.*train-reader"):
+        typographic(tmp_path, data=tmp_path, model=model)
+    with pytest.raises(ViscircuitsError, match="weights are of open_clip models"):
+        typographic(tmp_path, data=tmp_path, weights="none")
+
+
+def test_a_reader_is_tested_on_photographs_set_apart(tmp_path, short, scenes):
+    reader = reading.train_reader(*scenes, tmp_path / "r.safetensors", short)
+    save_photographs(tmp_path / "plain", 6)
+    with pytest.raises(ViscircuitsError, match=r"no folder 'train'.*tested on val/CLASS alone"):
+        typographic(tmp_path / "out", data=tmp_path / "plain", model=str(reader), each=2)
+    save_photographs(tmp_path / "parts" / "train", 4)
+    with pytest.raises(ViscircuitsError, match=r"no folder 'val'"):
+        typographic(tmp_path / "out", data=tmp_path / "parts", model=str(reader), each=2)
+    save_photographs(tmp_path / "parts" / "val", 2)
+    with pytest.raises(ViscircuitsError, match="4 photographs; 6 are needed to find and choose with 3 each"):
+        typographic(tmp_path / "out", data=tmp_path / "parts", model=str(reader), each=3)
+    with pytest.raises(ViscircuitsError, match="different classes, such as 'green'"):
+        save_photographs(tmp_path / "parts" / "val", 2, classes=("green",))
+        typographic(tmp_path / "out", data=tmp_path / "parts", model=str(reader), each=2)
+
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 96, "layers": 4, "width": 32, "patch_size": 16, "head_width": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def test_a_quick_run_on_photographs_asks_clip_at_its_own_size(tmp_path, monkeypatch):
+    open_clip = pytest.importorskip("open_clip")
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-tiny", TINY)
+    save_photographs(tmp_path / "data", 12, classes=("blue", "red", "ring"), scale=2)
+    seen = []
+    room = "viscircuits.experiments.typographic"
+    read = pictures.read_files
+    monkeypatch.setattr(f"{room}.read_files", lambda files, side: seen.append(side) or read(files, side))
+    run = {"data": tmp_path / "data", "model": "open_clip:ViT-tiny", "weights": "none", "each": 4, "quick": True}
+    report = typographic(tmp_path / "out", **run)
+    assert seen == [96, 96, 96]
+    assert report.made["photographs"] == "6 find, 6 choose, 6 test"  # two of each class: it is quick
+    assert {each["method"] for each in report.data["curves"]} == {"anchored", "activation-difference", "random"}
+    assert "text found by a probe and painted over" not in report.data["removed"]["simple"]  # tokens have no places
+    assert (tmp_path / "out" / "protected.safetensors").is_file()

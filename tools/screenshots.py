@@ -2,7 +2,7 @@
 
 1. ``page.png``: the page of a result folder (``viscircuits demo`` makes one).
 2. ``page-googlenet.png``: a circuit of GoogLeNet with random weights, for its size: branches side by side.
-3. ``page-surgery.png``: the folder served, the strongest units of its last layer removed, and what the network answers then.
+3. ``page-surgery.png``: the folder served, the strongest units of its last layer removed, and what is answered then.
 
     python tools/screenshots.py demo/
 """

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from viscircuits.experiments.pairs import Canvas
     from viscircuits.experiments.report import Report
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Rerun one of the paper's experiments.")
@@ -82,7 +83,7 @@ def typographic(
 ) -> None:
     """Prune the circuit of text from a network that reads: what remains of an attack by a word, and at what cost.
 
-    DIR of --data holds a folder of photographs for each class, perhaps below train/ and val/.
+    DIR of --data holds train/ and val/, in each a folder of photographs for each class; for CLIP, class folders do.
     """
     from viscircuits.experiments.typographic import typographic
 
@@ -91,21 +92,119 @@ def typographic(
     )
 
 
+Parts = Annotated[int | None, typer.Option("--parts", help="Parts drawn; default 20, or all rendered ones.", min=3)]
+Pairs = Annotated[int, typer.Option("--pairs", help="Partners of each part.", min=1)]
+Side = Annotated[int, typer.Option("--canvas", help="Pixels a side of the canvas.", min=2)]
+Tile = Annotated[int, typer.Option("--tile", help="Pixels a side of a tile.", min=1)]
+Ground = Annotated[
+    str, typer.Option("--ground", metavar="mean|R,G,B", help="Colour around the tiles; default the parts' mean.")
+]
+Placement = Annotated[str, typer.Option(metavar="random|beside", help="Where tiles are put.")]
+
+
+@app.command(epilog="Example: `viscircuits experiment composites --data tiny-imagenet/ --out composites`")
+def composites(
+    out: Out = Path("composites"),
+    data: Data = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="lite0|small|torchvision:…", help="Default lite0; small without --data."),
+    ] = None,
+    weights: Annotated[str, typer.Option(metavar="default|none|FILE", help="What training starts from.")] = "default",
+    parts: Parts = None,
+    pairs: Pairs = 5,
+    canvas: Side = 300,
+    tile: Tile = 100,
+    ground: Ground = "mean",
+    placement: Placement = "random",
+    size: Annotated[
+        float | None, typer.Option(help="Units in a circuit, as a share of each layer; default 0.15, small 0.6.")
+    ] = None,
+    links: Annotated[int, typer.Option(help="Pairs of layers whose edges are pruned, from the end.", min=1)] = 1,
+    ablation: Annotated[str, typer.Option(metavar="zero|mean", help="What a removed value becomes.")] = "zero",
+    seeds: Annotated[str, typer.Option(metavar="A,B,…", help="Each draws parts and images and trains a network.")] = (
+        "0,1,2"
+    ),
+    quick: Quick = False,
+) -> None:
+    """Train a network on pairs of parts, prune the circuit of each part, and measure which pairs it still tells.
+
+    DIR of --data holds a folder of photographs for each class, perhaps below train/ and val/.
+    """
+    from viscircuits.experiments.composites import composites
+
+    finish(
+        composites(
+            out, data=data, model=model, weights=weights, n_parts=parts, pairs=pairs,
+            canvas=_canvas(canvas, tile, ground, placement), size=size, links=links, ablation=ablation,
+            seeds=_numbers(seeds, "--seeds"), quick=quick, progress=True,
+        ),
+        out,
+    )  # fmt: skip
+
+
+@app.command(epilog="Example: `viscircuits experiment make-composites --data tiny-imagenet/ --out pairs`")
+def make_composites(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for a folder of images of each pair.")],
+    data: Data = None,
+    parts: Parts = None,
+    pairs: Pairs = 5,
+    each: Annotated[int, typer.Option(help="Composites of each pair.", min=1)] = 50,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Of photographs that training does not show.")] = False,
+    canvas: Side = 300,
+    tile: Tile = 100,
+    ground: Ground = "mean",
+    placement: Placement = "random",
+    seed: Seed = 0,
+) -> None:
+    """Write composites as files: a folder for each pair, and what made them."""
+    from viscircuits.experiments.composites import made_composites
+
+    drawn = made_composites(
+        data, n_parts=parts, pairs=pairs, each=each, held_out=held_out,
+        canvas=_canvas(canvas, tile, ground, placement), seed=seed,
+    )  # fmt: skip
+    drawn.write(out, progress=True)
+    typer.echo(f"{len(drawn)} composites of {len(drawn.groups)} pairs: {out}")
+
+
+def _canvas(side: int, tile: int, ground: str, placement: str) -> Canvas:
+    from viscircuits.experiments.pairs import Canvas
+
+    numbers = None if ground == "mean" else _numbers(ground, "--ground")
+    return Canvas(side, tile, numbers, placement)
+
+
+def _numbers(given: str, option: str) -> tuple[int, ...]:
+    from viscircuits.errors import ViscircuitsError
+
+    try:
+        return tuple(int(each) for each in given.split(","))
+    except ValueError:
+        raise ViscircuitsError(f"{option} takes whole numbers such as 0,1,2; got {given!r}") from None
+
+
 @app.command(epilog="Example: `viscircuits experiment train-reader --data tiny-imagenet/ --out reader.safetensors`")
 def train_reader(
     data: Annotated[Path, typer.Option("--data", metavar="DIR", help="Folders of photographs, a class each.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the weights go.")] = Path(
         "reader.safetensors"
     ),
+    classes: Annotated[
+        int, typer.Option(help="How many folders are its classes; words stand on photographs of the rest.", min=2)
+    ] = 30,
     seed: Seed = 0,
 ) -> None:
     """Train the small network that sees and reads, which `typographic` attacks; some twenty minutes on two cores."""
     from dataclasses import replace
 
-    from viscircuits.experiments.pictures import dealt_classes, read_photographs
+    from viscircuits.experiments.pictures import dealt_classes, photograph_files, read_files
     from viscircuits.experiments.reader import Recipe, train_reader
 
-    recipe = replace(Recipe(), seed=seed)
-    photographs, scenes = dealt_classes(read_photographs(data, "train"), recipe.n_classes, seed)
+    recipe = replace(Recipe(), n_classes=classes, seed=seed)
+    files = photograph_files(data, "train")
+    photographs, scenes = (
+        read_files({name: files[name] for name in names}) for names in dealt_classes(list(files), classes, seed)
+    )
     path = train_reader(photographs, scenes, out, recipe, about={"data": data.name}, progress=True)
     typer.echo(f"reader of {len(photographs.classes)} classes: {path}")

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import base64
 import io
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -180,19 +179,30 @@ def hierarchy(
 
 def _network(address: str | None, weights: str | Path, seed: int, quick: bool, progress: bool) -> ModelSpec:
     if address == ADDRESS:
+        if weights != "default":
+            raise ViscircuitsError(
+                f"the network {ADDRESS!r} is trained here and takes no weights, got {str(weights)!r}; "
+                "name the network they are of (--model), or leave them out"
+            )
         return train_small(RENDERED, each=8 if quick else 48, steps=15 if quick else 200, seed=seed, progress=progress)
     if address is not None:
         return load_model(address, weights=weights)
-    for installed in ("lite0", "squeezenet1_1"):
+    return _network(_installed(weights), weights, seed, quick, progress)
+
+
+def _installed(weights: str | Path) -> str:
+    """The first network whose packages are there; weights of the user's own decide nothing here."""
+    for address in ("lite0", "squeezenet1_1"):
         with suppress(ModelError):  # its package is not there
-            return load_model(installed, weights=weights)
-    return _network(ADDRESS, weights, seed, quick, progress)
+            load_model(address, weights="default" if weights == "default" else "none")
+            return address
+    return ADDRESS
 
 
 def _named(concept: Concept) -> str:
-    """What tells a concept's images from others': where it stands, and their names in each half."""
-    names = [entry.name for half in HALVES for entry in getattr(concept, half).entries]
-    return f"{concept.key} {RENDERED.get(concept.key, '')} {len(concept.first)} {digest_of(names)}"
+    """What tells a concept's images from others': where it stands, and the pixels of each half."""
+    digests = [image.digest for half in HALVES for image in getattr(concept, half)]
+    return f"{concept.key} {RENDERED.get(concept.key, '')} {len(concept.first)} {digest_of(digests)}"
 
 
 # ------------------------------------------------------------------ running
@@ -217,7 +227,11 @@ class _Run:
             found[half] = {
                 method: [self.setting.circuit(entry[method]) for entry in entries] for method in (*METHODS, RANDOM)
             }
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for half in HALVES:
+            for file in self._files(half):
+                file.unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or it holds what others put there
+            self.folder.rmdir()
         return found
 
     def _entries(self, half: str) -> Iterator[Entry]:
@@ -236,11 +250,13 @@ class _Run:
         ):
             yield self.kept.of(key, partial(self._chosen, half, number, file, total))
 
+    def _files(self, half: str) -> list[Path]:
+        n = len(self.setting.concepts)
+        return [self.folder / f"{self.kept.digest}-{half}-{i:03d}.safetensors" for i in range(n)]
+
     def _attributed(self, half: str) -> list[Path]:
         """Files of each concept's matrices and activity, made where they are missing."""
-        files = [
-            self.folder / f"{self.kept.digest}-{half}-{i:03d}.safetensors" for i in range(len(self.setting.concepts))
-        ]
+        files = self._files(half)
         sets: list[ImageSet] = [getattr(concept, half) for concept in self.setting.concepts]
         for file, images in zip(tqdm(files, f"attributing, {half} half", disable=not self.progress), sets, strict=True):
             if not file.is_file():
@@ -356,12 +372,15 @@ class _Run:
         return found
 
     def _as_active(self, most: Mapping[str, list[int]]) -> dict[str, list[int]]:
-        """As many units in each layer, outside the backbone: those with the largest mean over all concepts' images."""
+        """As many units in each layer, outside the backbone: those with the largest mean over all concepts' images.
+
+        Fewer where the backbone is more than half of a layer, and no more are outside it.
+        """
         found = {}
         for layer, units in most.items():
             mean = self._statistics.mean[layer].clone()
             mean[units] = -torch.inf
-            found[layer] = largest(mean, len(units)).tolist()
+            found[layer] = largest(mean, min(len(units), len(mean) - len(units))).tolist()
         return found
 
     def _pictures(self, counts: Mapping[str, Tensor], most: Mapping[str, list[int]]) -> Entry:

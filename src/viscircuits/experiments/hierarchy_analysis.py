@@ -107,8 +107,11 @@ class Shared:
     @property
     def p(self) -> float:
         """Probability of as many by chance: the tail of Poisson's distribution."""
-        fewer = math.fsum(math.exp(i * math.log(self.by_chance) - math.lgamma(i + 1)) for i in range(self.n))
-        return max(0.0, 1 - math.exp(-self.by_chance) * fewer)
+        if not self.n:
+            return 1.0
+        # summed as such, a tail of some hundred units overflows
+        n, mean = (torch.tensor(float(value), dtype=torch.float64) for value in (self.n, self.by_chance))
+        return torch.special.gammainc(n, mean).item()
 
 
 def overlaps_of(first: Sequence[Circuit], second: Sequence[Circuit]) -> Overlaps:

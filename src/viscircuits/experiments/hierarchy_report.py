@@ -249,8 +249,8 @@ def _removal_table(of: Analysis) -> Table:
         for name, shown in REMOVED.items()
     ]
     note = (
-        "Sets of the same size in each layer, mean ablation in all layers, held-out images of all concepts; intervals "
-        "over concepts."
+        "Sets of the same size in each layer (of other units fewer, where most are in the backbone), mean ablation in "
+        "all layers, held-out images of all concepts; intervals over concepts."
     )
     return Table("Removing the backbone", ("removed", "KL, nats", "answers unchanged"), tuple(rows), note)
 

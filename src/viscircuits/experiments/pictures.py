@@ -5,7 +5,8 @@ A `Photographs` holds all of them, small and of one size. The functions spoil, c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from viscircuits.concepts import parse
 from viscircuits.errors import ImageError
+from viscircuits.images import IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,12 @@ class Photographs:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def digest(self) -> str:
+        """Short digest of pixels, labels and names."""
+        parts = (self.pixels.tobytes(), self.labels.tobytes(), "/".join(self.classes).encode())
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
     def of_classes(self, names: Sequence[str]) -> Photographs:
         """Those of some classes, which are numbered anew.
@@ -48,6 +56,7 @@ class Photographs:
         return Photographs(self.classes, self.pixels[places], self.labels[places])
 
 
+PARTS = ("train", "val")
 RENDERED = {  # class → the rendered concept that stands for its photographs
     "red": "colour,colour=red", "green": "colour,colour=green", "blue": "colour,colour=blue",
     "circle": "circle,fill=disc", "ring": "circle,fill=ring", "curve": "curve", "stripes": "grating",
@@ -60,21 +69,24 @@ SCENES = {  # what is none of these classes
 }  # fmt: skip
 
 
-def dealt_classes(photographs: Photographs, n: int, seed: int) -> tuple[Photographs, Photographs]:
-    """Photographs of `n` of the classes, drawn, and those of all others.
+def dealt_classes(names: Sequence[str], n: int, seed: int) -> tuple[list[str], list[str]]:
+    """`n` of the classes, drawn, and all others.
 
     Raises
     ------
     ImageError
-        If no class is left for the others.
+        If no class is left for the others, or too few are asked for.
     """
-    if len(photographs.classes) <= n:
+    if n < 2:
+        raise ImageError(f"a reader chooses between 2 classes or more, got {n}")
+    if len(names) <= n:
         raise ImageError(
-            f"{n} classes and photographs of something else are needed, got {len(photographs.classes)} classes"
+            f"{n} classes and photographs of something else are needed, got {len(names)} classes; take fewer "
+            "(--classes N)"
         )
-    order = np.random.default_rng([seed, 7]).permutation(len(photographs.classes))
-    drawn = sorted(photographs.classes[i] for i in order[:n])
-    return photographs.of_classes(drawn), photographs.of_classes(sorted(set(photographs.classes) - set(drawn)))
+    order = np.random.default_rng([seed, 7]).permutation(len(names))
+    drawn = sorted(names[i] for i in order[:n])
+    return drawn, sorted(set(names) - set(drawn))
 
 
 def render_photographs(each: int, seed: int, side: int = 64, scenes: bool = False) -> Photographs:
@@ -107,22 +119,73 @@ def read_photographs(
     Raises
     ------
     ImageError
-        If there are no classes with images.
+        As `photograph_files` does, or if a file cannot be read.
     """
-    root = Path(folder) / part if part is not None and (Path(folder) / part).is_dir() else Path(folder)
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    found = [(path, label) for label, name in enumerate(classes) for path in sorted((root / name).iterdir())[:each]]
-    if len(classes) < 2 or not found:
+    files = photograph_files(folder, part)
+    return read_files({name: paths[:each] for name, paths in files.items()}, side)
+
+
+def photograph_files(folder: str | Path, part: str | None = None) -> dict[str, list[Path]]:
+    """Class → its image files by name; hidden files and those that are no images are passed over.
+
+    Parameters
+    ----------
+    folder
+        Class folders, or ``train`` and ``val`` folders of class folders.
+    part
+        ``train`` or ``val``, where the folder has either.
+
+    Raises
+    ------
+    ImageError
+        If the part is missing, there are not two classes, or one has no images.
+    """
+    root = Path(folder)
+    if part is not None and any((root / name).is_dir() for name in PARTS):
+        root = root / part
+        if not root.is_dir():
+            raise ImageError(
+                f"{str(folder)!r} has no folder {part!r}; photographs stand in train/CLASS and val/CLASS, or in CLASS"
+            )
+    folders = sorted(path for path in root.iterdir() if _is_shown(path) and path.is_dir()) if root.is_dir() else []
+    found = {path.name: sorted(filter(_is_image, path.iterdir())) for path in folders}
+    if len(found) < 2 or not any(found.values()):
         raise ImageError(
             f"{str(root)!r} holds no folders of images, one for each class; give such a folder (--data DIR)"
         )
+    empty = [name for name, files in found.items() if not files]
+    if empty:
+        raise ImageError(f"the class folder {str(root / empty[0])!r} has no images in it; fill it or take it away")
+    return found
+
+
+def read_files(files: Mapping[str, Sequence[Path]], side: int = 64) -> Photographs:
+    """Photographs from the files of each class, cropped square and scaled to `side`.
+
+    Raises
+    ------
+    ImageError
+        If a file cannot be read.
+    """
+    found = [(path, label) for label, paths in enumerate(files.values()) for path in paths]
     pixels = np.stack([_square(path, side) for path, _ in found])
-    return Photographs(tuple(classes), pixels, np.array([label for _, label in found]))
+    return Photographs(tuple(files), pixels, np.array([label for _, label in found]))
+
+
+def _is_shown(path: Path) -> bool:
+    return not path.name.startswith(".")
+
+
+def _is_image(path: Path) -> bool:
+    return _is_shown(path) and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
 def _square(path: Path, side: int) -> np.ndarray:
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except OSError as error:
+        raise ImageError(f"cannot read {str(path)!r}: {error}; mend it or take it away") from error
     short = min(picture.size)
     left, top = (picture.width - short) // 2, (picture.height - short) // 2
     return np.asarray(

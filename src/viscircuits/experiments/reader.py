@@ -33,15 +33,17 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
 
-from viscircuits.errors import FileFormatError
+from viscircuits.errors import FileFormatError, ModelError
+from viscircuits.experiments.kept import digest_of
 from viscircuits.experiments.lettering import Hand, nonsense, write
 from viscircuits.experiments.pictures import Photographs, paper, spoilt, varied
 from viscircuits.experiments.sentences import encode
+from viscircuits.files import write_atomically
 from viscircuits.models import ModelSpec, Transform, load_model, seeded, wrap
 
 
@@ -112,7 +114,10 @@ class Recipe:
         return dict(json.loads(json.dumps(asdict(self))))
 
 
-SMALL = Recipe("small", 500, 64, 3e-3, 3e-3, n_classes=7, hand=Hand(height=(0.18, 0.28)))
+SMALL = Recipe(  # few classes and large letters, so that it reads after a minute
+    "small", 400, 48, 4e-3, 4e-3, shares=(0.18, 0.22, 0.40, 0.10, 0.10), class_words=0.97, n_classes=5,
+    hand=Hand(height=(0.25, 0.4)),
+)  # fmt: skip
 
 
 class Reader(nn.Module):
@@ -179,15 +184,22 @@ def load_reader(path: str | Path | None = None, classes: Sequence[str] | None = 
     ------
     FileFormatError
         If the file is not a reader.
+    ModelError
+        If it has no captions for other names: a ``small`` one never, another without the sentence encoder.
     """
     path = Path(path) if path is not None else _embedded()
     card, state = _read(path)
     names = tuple(classes) if classes is not None else tuple(card["classes"])
     known = dict(zip(card["classes"], state.pop("captions"), strict=True))
     missing = [name for name in names if name not in known]
+    architecture = card["recipe"]["architecture"]
+    if missing and architecture == "small":
+        raise ModelError(
+            f"the small reader {path.name!r} knows {', '.join(known)} and can learn no other names, such as "
+            f"{missing[0]!r}; give photographs of these classes, or leave --model out"
+        )
     if missing:
         known.update(zip(missing, captions_of(missing), strict=True))
-    architecture = card["recipe"]["architecture"]
     trunk = build_trunk(architecture, weights="none")
     trunk.load_state_dict({name.removeprefix("trunk."): value for name, value in state.items()})
     reader = Reader(trunk, torch.stack([known[name] for name in names]), card["scale"]).eval()
@@ -244,7 +256,7 @@ def train_reader(
 ) -> Path:
     """Train a reader on photographs of named classes and write it.
 
-    A run that was stopped goes on from ``path.part``.
+    A run that was stopped goes on from ``path.part``, if recipe and pictures are the same.
 
     Parameters
     ----------
@@ -264,14 +276,15 @@ def train_reader(
     recipe = recipe or Recipe()
     concepts = (*photographs.classes, *OTHER_WORDS)
     bank = captions_of(concepts) if recipe.architecture == "lite0" else random_captions(len(concepts))
-    learning = _Learning(build_trunk(recipe.architecture), recipe)
+    lessons = {**recipe.digest(), "concepts": concepts, "pictures": [photographs.digest, scenes.digest]}
+    learning = _Learning(build_trunk(recipe.architecture), recipe, digest_of(lessons))
     path, draft = Path(path), Path(f"{path}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     first = learning.resume(draft)
-    lessons = _Lessons(photographs, scenes, concepts, recipe)
+    drawn = _Lessons(photographs, scenes, concepts, recipe)
     steps = tqdm(range(first, recipe.steps), "training", recipe.steps, initial=first, disable=not progress, unit="step")
     for step in steps:
-        learning.step(*lessons.of(step), bank)
+        learning.step(*drawn.of(step), bank)
         if step % KEPT_EVERY == KEPT_EVERY - 1 and step + 1 < recipe.steps:
             learning.keep(draft, step + 1)
     card = {
@@ -280,7 +293,7 @@ def train_reader(
     }  # fmt: skip
     state = {f"trunk.{name}": _halved(value) for name, value in learning.trunk.state_dict().items()}
     state["captions"] = _halved(bank[: len(photographs.classes)])
-    save_file(state, path, metadata={"card": json.dumps(card)})
+    write_atomically(path, save(state, metadata={"card": json.dumps(card)}))
     draft.unlink(missing_ok=True)
     return path
 
@@ -291,8 +304,8 @@ LARGEST_SCALE = 100.0
 class _Learning:
     """The trunk's free parameters, their optimiser and where the rates stand."""
 
-    def __init__(self, trunk: nn.Module, recipe: Recipe) -> None:
-        self.trunk, self.recipe = trunk.to(memory_format=torch.channels_last), recipe
+    def __init__(self, trunk: nn.Module, recipe: Recipe, digest: str) -> None:
+        self.trunk, self.digest = trunk.to(memory_format=torch.channels_last), digest
         self.scale = nn.Parameter(torch.tensor(3.0))
         for name, parameter in trunk.named_parameters():
             parameter.requires_grad_(not name.startswith(FROZEN))
@@ -316,7 +329,7 @@ class _Learning:
     def keep(self, draft: Path, done: int) -> None:
         parts = {
             "trunk": self.trunk.state_dict(), "optimiser": self.optimiser.state_dict(), "scale": self.scale.detach(),
-            "rates": self.rates.state_dict(), "done": done, "recipe": self.recipe.digest(),
+            "rates": self.rates.state_dict(), "done": done, "digest": self.digest,
         }  # fmt: skip
         torch.save(parts, f"{draft}.new")
         Path(f"{draft}.new").replace(draft)
@@ -326,7 +339,7 @@ class _Learning:
         if not draft.is_file():
             return 0
         parts = torch.load(draft, weights_only=True)
-        if parts["recipe"] != self.recipe.digest():
+        if parts.get("digest") != self.digest:  # another recipe, or other pictures
             return 0
         self.trunk.load_state_dict(parts["trunk"])
         self.optimiser.load_state_dict(parts["optimiser"])

@@ -17,7 +17,6 @@ Goh et al. 2021, Distill; Rajaram et al. 2023, arXiv:2404.14349; Vi-CD, arXiv:26
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -37,7 +36,7 @@ from viscircuits.experiments import defences
 from viscircuits.experiments.attack_report import CONTROLS, report_of
 from viscircuits.experiments.attacks import KINDS, Trial, attack, tell, words_on_paper
 from viscircuits.experiments.defences import bits, of_bits
-from viscircuits.experiments.kept import Entry, Kept
+from viscircuits.experiments.kept import Entry, Kept, digest_of
 from viscircuits.experiments.lettering import (
     FACES_HELD_OUT,
     FACES_LIKE_HANDWRITING,
@@ -45,7 +44,8 @@ from viscircuits.experiments.lettering import (
     FACES_WITH_ACCENTS,
     Hand,
 )
-from viscircuits.experiments.pictures import Photographs, read_photographs, render_photographs
+from viscircuits.experiments.pictures import PARTS as FOLDERS
+from viscircuits.experiments.pictures import Photographs, photograph_files, read_files, render_photographs
 from viscircuits.experiments.reader import SMALL, card_of, load_reader, train_reader
 from viscircuits.experiments.report import Report
 from viscircuits.experiments.translations import TRANSLATIONS
@@ -67,7 +67,10 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 QUICK_METHODS = ("anchored", "activation-difference", "random")
 SIZES = (0.01, 0.02, 0.05, 0.10)
 TOLERATED = 0.08  # attack success that a circuit chosen on training photographs may leave
+RENDERED_CLASSES = ("red", "blue", "ring", "curve", "stripes")
+QUICK_EACH = 2
 BATCH = 32
+Files = Mapping[str, Sequence[Path]]  # class → photographs
 
 
 @dataclass(frozen=True)
@@ -122,14 +125,14 @@ def typographic(
     out
         Folder for parts, weights and the report; a stopped run goes on there.
     data
-        Folders of photographs, a class each, perhaps below ``train`` and ``val``. None: rendered scenes, and a
-        small reader that is trained on them first.
+        ``train`` and ``val`` folders of photographs, a folder for each class; for CLIP, which was not trained here on
+        any of them, class folders alone do. None: rendered scenes, and a small reader that is trained on them first.
     model
         ``reader`` (kept with the package), a file of `train_reader`, or ``open_clip:ARCHITECTURE/PRETRAINED``.
     weights
         For an open_clip model: ``default``, ``none`` or a file.
     each
-        Held-out photographs of each class; as many find circuits, and as many choose.
+        Held-out photographs of each class; as many find circuits, and as many choose. A quick run takes 2 at most.
     seed
         Of photographs, words, places and methods.
     quick
@@ -147,7 +150,13 @@ def typographic(
         raise ViscircuitsError(
             f"{model!r} needs photographs to be asked about (--data DIR); without them a small reader is trained"
         )
-    setting = _rendered(out, seed, quick, progress) if data is None else _on(data, model, weights, each, seed)
+    if data is None:
+        setting = _rendered(out, seed, quick, progress)
+    else:
+        _check_model(model, weights)
+        setting = _on(data, model, weights, min(each, QUICK_EACH) if quick else each, seed)
+    if quick:
+        setting = replace(setting, methods=QUICK_METHODS, sizes=(0.05, 0.1), sources=SOURCES[1:])
     made = {
         "model": setting.spec.address, "weights": setting.spec.weights_digest()[:12], "data": _named(data),
         "photographs": f"{len(setting.to_find)} find, {len(setting.to_choose)} choose, {len(setting.to_test)} test",
@@ -171,60 +180,100 @@ def _rendered(out: Path, seed: int, quick: bool, progress: bool) -> Setting:
     """A small reader trained on rendered scenes, where no data are given."""
     recipe = replace(SMALL, seed=seed, steps=60 if quick else SMALL.steps)
     n = 12 if quick else 60
-    path = out / "reader.safetensors"
-    if not path.is_file() or card_of(path)["recipe"] != recipe.digest():
-        each = 60 if quick else 200
+    each = 60 if quick else 200
+    name = digest_of({**recipe.digest(), "each": each})  # no reader of the user's own has this name
+    path = out / f"reader-{name}.safetensors"
+    if not path.is_file():
         scenes = render_photographs(each, seed, scenes=True)
-        train_reader(render_photographs(each, seed), scenes, path, recipe, progress=progress)
+        train_reader(_rendered_classes(each, seed), scenes, path, recipe, progress=progress)
     spec = load_reader(path)
-    first, second, third = (render_photographs(n, seed + 1000 * (place + 1)) for place in range(3))
+    first, second, third = (_rendered_classes(n, seed + 1000 * (place + 1)) for place in range(3))
     held_out = replace(recipe.hand, faces=FACES_HELD_OUT)
-    setting = Setting(spec, tuple(spec.layers or ()), first, second, third, recipe.hand, held_out, seed)
-    return replace(setting, methods=QUICK_METHODS, sizes=(0.05, 0.1), sources=SOURCES[1:]) if quick else setting
+    return Setting(spec, tuple(spec.layers or ()), first, second, third, recipe.hand, held_out, seed)
+
+
+def _rendered_classes(each: int, seed: int) -> Photographs:
+    return render_photographs(each, seed).of_classes(RENDERED_CLASSES)
+
+
+def _check_model(model: str, weights: str | Path) -> None:
+    clip = model.startswith("open_clip:")
+    if not clip and model != "reader" and not Path(model).is_file():
+        raise ViscircuitsError(
+            f"{model!r} is no network that reads; this experiment takes 'reader', a file that train-reader wrote, or "
+            "open_clip:ARCHITECTURE/PRETRAINED (--model)"
+        )
+    if not clip and str(weights) != "default":
+        raise ViscircuitsError(
+            f"weights are of open_clip models; a reader has its own, got {str(weights)!r}: name its file as the model"
+        )
 
 
 def _on(data: str | Path, model: str, weights: str | Path, each: int, seed: int) -> Setting:
-    """Photographs of a folder, for the reader or for CLIP."""
-    train, test = read_photographs(data, "train"), read_photographs(data, "val", each)
-    if not model.startswith("open_clip:"):
-        known = card_of(None if model == "reader" else model)["classes"]
-        if set(known) <= set(train.classes):  # else its own, by their names
-            train, test = train.of_classes(known), test.of_classes(known)
-    if train.classes != test.classes:
-        raise ViscircuitsError(f"'train' and 'val' in {str(data)!r} hold different classes; they must be the same")
-    own = not (Path(data) / "val").is_dir()
-    first, second, third = (_drawn(train, each, seed, hand) for hand in range(3))
-    if model.startswith("open_clip:"):
-        spec = zero_shot(model, train.classes, weights=weights)
-    else:
-        spec = load_reader(None if model == "reader" else model, train.classes)
+    """Photographs of a folder, for the reader or for CLIP. All is checked before a photograph is read."""
+    clip = model.startswith("open_clip:")
+    path = None if clip or model == "reader" else model
+    train, test = _files(data, clip)
+    if not clip and set(known := card_of(path)["classes"]) <= set(train):  # else the folder's own, by their names
+        train, test = ({name: files[name] for name in known if name in files} for files in (train, test))
+    own = _checked(data, train, test, each)
+    spec = zero_shot(model, list(train), weights=weights) if clip else load_reader(path, list(train))
     layers = tuple(spec.layers or ())
     if not layers:
         raise ViscircuitsError(f"{spec.address} has no default layers; only models with known layers can be used here")
+    assert spec.input_size is not None  # readers and CLIP have one
+    side = max(spec.input_size)
+    held_out = _drawn(train, each, seed, 2) if own else {name: files[:each] for name, files in test.items()}
+    parts = (_drawn(train, each, seed, 0), _drawn(train, each, seed, 1), held_out)
+    first, second, third = (read_files(part, side) for part in parts)
     late = layers[len(layers) // 4 :]
-    return Setting(spec, late, first, second, third if own else test, Hand(FACES_TO_TRAIN), Hand(FACES_HELD_OUT), seed)
+    return Setting(spec, late, first, second, third, Hand(FACES_TO_TRAIN), Hand(FACES_HELD_OUT), seed)
 
 
-def _drawn(photographs: Photographs, each: int, seed: int, hand: int) -> Photographs:
-    """`each` of every class, dealt so that no two hands share one."""
-    rng, places = np.random.default_rng([seed, 9]), []
-    for label in range(len(photographs.classes)):
-        mine = rng.permutation(np.flatnonzero(photographs.labels == label))
-        if len(mine) < 3 * each:
+def _files(data: str | Path, clip: bool) -> tuple[Files, Files]:
+    """Those that find and choose, and those that test: none where the folder has no ``val`` and CLIP is asked."""
+    missing = [name for name in FOLDERS if not (Path(data) / name).is_dir()]
+    if missing and not clip and Path(data).is_dir():
+        raise ViscircuitsError(
+            f"{str(data)!r} has no folder {missing[0]!r}: a reader may have been trained on any photograph that is not "
+            "set apart, so it is tested on val/CLASS alone; part them into train/CLASS and val/CLASS"
+        )
+    train = photograph_files(data, "train")
+    return train, {} if "val" in missing else photograph_files(data, "val")
+
+
+def _checked(data: str | Path, train: Files, test: Files, each: int) -> bool:
+    """Whether the photographs that test come from the same folders as the others; refused if there are too few."""
+    own = not test
+    if not own and set(train) != set(test):
+        name = min(set(train) ^ set(test))
+        raise ViscircuitsError(
+            f"'train' and 'val' in {str(data)!r} hold different classes, such as {name!r}; they must be the same"
+        )
+    _check_enough(train, 3 if own else 2, "find, choose and test" if own else "find and choose", each)
+    _check_enough(test, 1, "test", each)
+    return own
+
+
+def _check_enough(files: Files, n: int, what: str, each: int) -> None:
+    for name, photographs in files.items():
+        if len(photographs) < n * each:
             raise ViscircuitsError(
-                f"class {photographs.classes[label]!r} has {len(mine)} photographs; {3 * each} are needed to find, "
-                f"choose and test with {each} each (--each N)"
+                f"class {name!r} has {len(photographs)} photographs; {n * each} are needed to {what} with {each} each "
+                "(--each N)"
             )
-        places += list(mine[hand * each : (hand + 1) * each])
-    return photographs.part(np.array(places))
+
+
+def _drawn(files: Files, each: int, seed: int, hand: int) -> Files:
+    """`each` of every class, dealt so that no two hands share one."""
+    rng = np.random.default_rng([seed, 9])
+    orders = {name: rng.permutation(len(photographs)) for name, photographs in files.items()}
+    return {name: [files[name][i] for i in order[hand * each : (hand + 1) * each]] for name, order in orders.items()}
 
 
 def _pixels(setting: Setting) -> str:
-    """Digest of the photographs themselves, so that no part of another folder's run is taken for this one's."""
-    digest = hashlib.sha256()
-    for part in (setting.to_find, setting.to_choose, setting.to_test):
-        digest.update(part.pixels.tobytes() + part.labels.tobytes() + "/".join(part.classes).encode())
-    return digest.hexdigest()[:12]
+    """Digests of the photographs themselves, so that no part of another folder's run is taken for this one's."""
+    return " ".join(part.digest for part in (setting.to_find, setting.to_choose, setting.to_test))
 
 
 def _named(data: str | Path | None) -> str:
@@ -285,7 +334,8 @@ class _Run:
             hands[name] = self.kept.of(f"hands/{key}/{name}", partial(self._in_hand, circuit, *hand))
         simple = self.kept.of("simple", partial(defences.simple, self.setting))
         edges = self.kept.of(f"edges/{key}", partial(self._edges, chosen["source"], circuit))
-        return {"kinds": kinds, "hands": hands, "simple": simple, "edges": edges}
+        again = self.kept.of(f"adaptive/{key}", partial(self._adaptive, circuit))
+        return {"kinds": kinds, "adaptive": again, "hands": hands, "simple": simple, "edges": edges}
 
     def export(self, chosen: Entry, path: Path) -> None:
         """Write the protected network."""
@@ -301,6 +351,11 @@ class _Run:
     def _without(self, circuit: Circuit, trial: Trial) -> Entry:
         with ablate(self.setting.spec, circuit, "mean", reference=self.setting.statistics):
             return bits(tell(self.setting.spec, trial))
+
+    def _adaptive(self, circuit: Circuit) -> Entry:
+        """The strongest words once more, chosen by asking the protected network itself."""
+        with ablate(self.setting.spec, circuit, "mean", reference=self.setting.statistics):
+            return bits(tell(self.setting.spec, self.setting.trial("strongest word", "test")))
 
     def _in_hand(self, circuit: Circuit, hand: Hand, words: Sequence[str] | None) -> Entry:
         trial = self.setting.trial("wrong word", "test", hand, words)

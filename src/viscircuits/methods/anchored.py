@@ -117,10 +117,10 @@ def anchored(
     """
     if protect < 0:
         raise ViscircuitsError(f"protect is a weight of 0 or more, got {protect}")
+    choose(ANSWERS, answers, "way to judge answers")
     options = {"protect": protect, "steps": steps, "edges": edges, "engine": engine}
     if not protect:
         return _explained(task, steps, edges, engine, options)
-    choose(ANSWERS, answers, "way to judge answers")
     _check_removal(task, sizes, steps_a_size, images_a_step)
     if raise_weight is None:
         raise_weight = max(1.0, (IMAGES_FOR_EQUAL_WEIGHT / len(task.concept)) ** 0.5)
