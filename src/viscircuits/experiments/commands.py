@@ -122,9 +122,12 @@ def composites(
     ] = None,
     links: Annotated[int, typer.Option(help="Pairs of layers whose edges are pruned, from the end.", min=1)] = 1,
     ablation: Annotated[str, typer.Option(metavar="zero|mean", help="What a removed value becomes.")] = "zero",
-    seeds: Annotated[str, typer.Option(metavar="A,B,…", help="Each draws parts and images and trains a network.")] = (
-        "0,1,2"
-    ),
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,…", help="Each draws parts and images and trains a network; default 0,1,2, rendered 0."
+        ),
+    ] = None,
     quick: Quick = False,
 ) -> None:
     """Train a network on pairs of parts, prune the circuit of each part, and measure which pairs it still tells.
@@ -137,7 +140,7 @@ def composites(
         composites(
             out, data=data, model=model, weights=weights, n_parts=parts, pairs=pairs,
             canvas=_canvas(canvas, tile, ground, placement), size=size, links=links, ablation=ablation,
-            seeds=_numbers(seeds, "--seeds"), quick=quick, progress=True,
+            seeds=_numbers(seeds or ("0" if data is None else "0,1,2"), "--seeds"), quick=quick, progress=True,
         ),
         out,
     )  # fmt: skip
