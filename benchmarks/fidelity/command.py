@@ -267,6 +267,6 @@ def write(results: Entry, folder: Path) -> None:
     """`fidelity.json`, then the page from it."""
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / (FILE + ".part")
-    draft.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(results, separators=(",", ":"), ensure_ascii=False) + "\n", encoding="utf-8")
     draft.replace(folder / FILE)
     page.write(json.loads((folder / FILE).read_text(encoding="utf-8")), folder)
