@@ -102,6 +102,19 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, content):
         load_notes(tmp_path)
 
 
+def test_keys_with_noughts_before_their_index_are_read_as_they_are_written_now(tmp_path):
+    write_note(tmp_path, CIRCUIT, "b:1", text="mine")
+    path = tmp_path / "notes.json"
+    path.write_text(path.read_text().replace('"b:1"', '"b:001"'))
+    assert load_notes(tmp_path)["b:1"]["text"] == "mine"
+
+
+def test_notes_nested_beyond_reading_are_damaged(tmp_path):
+    (tmp_path / "notes.json").write_text("[" * 100_000)
+    with pytest.raises(FileFormatError, match=r"notes\.json"):
+        load_notes(tmp_path)
+
+
 def test_saving_no_notes_leaves_no_file(tmp_path):
     save_notes(tmp_path, {"": note("x", "2024-01-01T00:00:00+00:00")})
     save_notes(tmp_path, {})

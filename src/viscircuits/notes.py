@@ -52,13 +52,13 @@ def load_notes(folder: str | Path, *, taken_away: bool = False) -> Notes:
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise FileFormatError(f"cannot read notes from {str(path)!r}: {error}") from error
     if not isinstance(data, dict) or (data.get("schema"), data.get("version")) != (SCHEMA, VERSION):
         raise FileFormatError(f"{str(path)!r} does not hold viscircuits notes of version {VERSION}")
     try:
-        notes = {str(key): _checked(key, note) for key, note in data["notes"].items()}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        notes = {_as_now(str(key)): _checked(_as_now(str(key)), note) for key, note in data["notes"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise FileFormatError(f"{str(path)!r} is damaged: {error}") from error
     return notes if taken_away else saying(notes)
 
@@ -148,6 +148,12 @@ def unit_of(key: str) -> Unit:
     if not layer or not re.fullmatch(r"0|[1-9][0-9]{0,8}", index):  # one key for one unit
         raise ViscircuitsError(f"a note's key is layer:index, or nothing for the whole circuit; got {key!r}")
     return Unit(layer, int(index))
+
+
+def _as_now(key: str) -> str:
+    """A key as it is written now: an index could once have noughts before it."""
+    layer, _, index = key.rpartition(":")
+    return f"{layer}:{int(index)}" if re.fullmatch(r"[0-9]{1,9}", index) else key
 
 
 def writable(text: str) -> str:

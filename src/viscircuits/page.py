@@ -186,7 +186,8 @@ def _layers(circuit: Circuit, shown: Sequence[tuple[Edge, float]]) -> list[Layer
             "name": layer,
             "width": circuit.widths[layer],
             "units": list(indices),
-            "scores": list(circuit.scores.get(layer, ())),  # in full: the size slider ranks by them
+            # in full: the size slider ranks by them
+            "scores": [float(score) for score in circuit.scores.get(layer, ())],
             "chosen": [_short(share) for share in circuit.chosen.get(layer, ())],
             "order": order,
             "column": column[layer],
