@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +23,11 @@ from viscircuits.experiments.composites import OneSeed, Options, composites, dra
 from viscircuits.experiments.composites_report import Analysis, over_seeds
 from viscircuits.experiments.edges import Link, Pruner, Running, kernel, layers_of, links_of
 from viscircuits.experiments.pairs import Canvas, Composites, choose_pairs, mean_colour, open_parts, random_spots
-from viscircuits.experiments.rankings import ROWS, Plain, Ranking, Reading
+from viscircuits.experiments.rankings import ORDERS, ROWS, Plain, Ranking, Reading
 from viscircuits.experiments.training import (
     Pictures,
     SmallNet,
+    _Training,
     begin,
     build,
     fit_linear,
@@ -115,9 +118,17 @@ def test_a_composite_depends_on_the_seed_and_its_number_alone(parts):
     assert one.holds(2).tolist() == [False] * 3 + [True] * 3
 
 
+def test_held_out_composites_stand_at_places_of_their_own(folder):
+    drawn = draw_sets(Options(folder, SHORT, n_parts=4, pairs=2, canvas=SMALL, held_out=SHORT.each), 0)
+    shown = [[np.asarray(each.draw(i)) != 9 for i in range(len(each))] for each in (drawn.to_train, drawn.held_out)]
+    assert drawn.to_train.groups == drawn.held_out.groups and len(shown[0]) == len(shown[1])
+    assert not any(np.array_equal(one, two) for one, two in zip(*shown, strict=True))
+
+
 def test_the_ground_is_the_mean_colour_unless_it_is_given(parts):
     assert mean_colour({"red": parts["red"], "blue": parts["blue"]}) == (127, 0, 127)
-    assert Composites(parts, [(0, 1)], 1, Canvas(32, 12)).draw(0).getpixel((0, 0)) is not None
+    beside = Composites(parts, [(0, 1)], 1, Canvas(32, 12, placement="beside")).draw(0)
+    assert beside.getpixel((0, 0)) == mean_colour(parts)
     beside = Composites(parts, [(0, 1)], 1, Canvas(32, 12, (1, 2, 3), "beside")).draw(0)
     assert beside.getpixel((0, 0)) == (1, 2, 3)
     assert beside.getpixel((8, 16)) != (1, 2, 3) != beside.getpixel((24, 16))
@@ -150,6 +161,21 @@ def test_composites_are_written_and_read_back(parts, tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / name / "0001.png")), np.asarray(drawn.draw(1)))
     made = json.loads((tmp_path / "composites.json").read_text(encoding="utf-8"))
     assert made["seed"] == 0 and made["canvas"]["ground"] == [9, 9, 9]
+
+
+def test_two_sets_are_not_mixed_in_one_folder(parts, tmp_path):
+    drawn = Composites(parts, [(0, 1)], 2, SMALL)
+    before = drawn.write(tmp_path).read_text()
+    assert drawn.write(tmp_path).read_text() == before  # the same again may be
+    with pytest.raises(ViscircuitsError, match="holds other composites; give another folder"):
+        Composites(parts, [(2, 3)], 2, SMALL, seed=1).write(tmp_path)
+    assert len(list(tmp_path.rglob("*.png"))) == 2
+
+
+def test_pairs_of_one_name_are_refused(parts):
+    one, two, three, four = parts.values()
+    with pytest.raises(ViscircuitsError, match="two groups are called 'a-b-c'"):
+        Composites({"a-b": one, "c": two, "a": three, "b-c": four}, [(0, 1), (2, 3)], 1, SMALL)
 
 
 def test_composites_are_written_by_a_command(folder, tmp_path):
@@ -198,6 +224,32 @@ def test_weights_of_another_recipe_are_not_taken_for_this_ones(parts, tmp_path):
     train(SHORT, drawn, plain, tmp_path / "n.safetensors")
     with pytest.raises(FileFormatError, match="another recipe or on other composites"):
         train(replace(SHORT, rate=1e-4), drawn, plain, tmp_path / "n.safetensors")
+
+
+def test_weights_trained_on_pictures_of_the_same_names_but_other_pixels_are_refused(folder, tmp_path):
+    train(SHORT, *sets(open_parts(folder, "train")), tmp_path / "n.safetensors")
+    (tmp_path / "other").mkdir()
+    for name in COLOURS:
+        (tmp_path / "other" / name).mkdir()
+        for i in range(4):
+            Image.new("RGB", (20 + i, 16), (1, 2, 3)).save(tmp_path / "other" / name / f"{i}.png")
+    with pytest.raises(FileFormatError, match="another recipe or on other composites"):
+        train(SHORT, *sets(open_parts(tmp_path / "other")), tmp_path / "n.safetensors")
+
+
+def test_what_the_network_drops_by_itself_depends_on_the_seed_alone(parts, tmp_path):
+    drawn, _ = sets(parts)
+    images, found = torch.rand(len(drawn), 3, 8, 8, generator=seeded()), []
+    for state in (1, 2):
+        model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 3))
+        nn.init.constant_(model[2].weight, 0.01)
+        nn.init.zeros_(model[2].bias)
+        run = _Training(wrap(model, lambda picture: torch.zeros(3, 8, 8), ()), SHORT, tmp_path / "n.part", "")
+        with torch.random.fork_rng():
+            torch.manual_seed(state)
+            run.walk(Pictures(images), drawn.labels, None, progress=False)
+        found.append(model[2].weight.detach())
+    assert torch.equal(*found)
 
 
 def test_a_linear_fit_separates_what_can_be_separated():
@@ -408,6 +460,65 @@ def test_the_reference_is_the_mean_of_the_others(plain):
     assert torch.allclose(plain.raised(2)[layer], plain.attributions[2].activity[layer] - expected)
 
 
+def test_a_contrast_is_what_an_edge_brings_its_raised_target_more_than_on_the_others(plain):
+    mine, others = plain.attributions[1], [plain.attributions[i] for i in (0, 2, 3)]
+    found = ORDERS["contrast"](plain, 1)
+    for i, matrix in enumerate(mine.matrices):
+        beyond = matrix.signed - sum(each.matrices[i].signed for each in others) / 3
+        target = matrix.target
+        raised = mine.activity[target] - sum(each.activity[target] for each in others) / 3
+        assert torch.allclose(found[matrix.source], beyond * raised.clamp(min=0)[:, None], rtol=1e-3, atol=1e-7)
+        assert (found[matrix.source] > 0).any() and (found[matrix.source] < 0).any()
+
+
+def test_a_row_may_have_a_size_of_its_own(plain):
+    half, usual = (plain.circuit(0, "activation-difference", size) for size in (0.5, None))
+    assert all(len(half.units[each]) == pytest.approx(5 * len(usual.units[each]), rel=0.2) for each in plain.layers)
+
+
+def test_accuracy_with_the_part_and_without_it_is_told_apart(plain):
+    """Composites 0 and 1 show part 0. Without all edges both are lost, without all units composite 3 is."""
+    labels = torch.tensor([0, 0, 1, 1])
+
+    def answered(*right):
+        return torch.nn.functional.one_hot(torch.where(torch.tensor(right), labels, 1 - labels), 2).float()
+
+    def without_edges(masks):
+        share = sum(float(mask.sum()) for mask in masks.values()) / plain.ranking(0, ROWS["random units"]).n_edges
+        return answered(share < 0.9, share < 0.9, True, True)
+
+    held_out = SimpleNamespace(labels=labels, holds=lambda part: torch.tensor([True, True, False, False]))
+    seed = object.__new__(OneSeed)
+    seed.__dict__ |= {
+        "plain": plain, "layers": plain.layers, "drawn": SimpleNamespace(held_out=held_out), "whole": answered(True, True, True, True),
+        "pruner": SimpleNamespace(
+            without_edges=without_edges, without_units=lambda circuit: answered(True, True, True, False)
+        ),
+    }  # fmt: skip
+    found = seed._pruned(0, "random units")
+    assert found["subclass"] == [1, 1, 1, 1, 0] and found["complement"] == [1, 1, 1, 1, 1]
+    assert found["units removed"] == [1, 0.5]
+
+
+def test_a_pairs_circuit_is_set_against_the_union_of_two_parts_less_chance():
+    def circuit(*units):
+        return Circuit({"a": units}, {"a": 6})
+
+    of_parts = [circuit(0, 1), circuit(2), circuit(3), circuit(4, 5)]
+    seed = object.__new__(OneSeed)
+    seed.__dict__ |= {
+        "drawn": SimpleNamespace(pairs=((0, 1), (2, 3))),
+        "plain": SimpleNamespace(circuit=lambda part, how: of_parts[part]),
+        "_pairs_as_parts": SimpleNamespace(circuit=lambda i, how: (circuit(0, 1, 2), circuit(2, 3, 4))[i]),
+    }
+    drawn = [set(three) for three in combinations(range(6), 3)]
+    chance = float(np.mean([len(each & {0, 1, 2}) / len(each | {0, 1, 2}) for each in drawn]))
+    found = seed._shared("cla")
+    assert found["chance"] == pytest.approx(chance)
+    assert found["parts in common"] == [[2, 0], [0, 2]]
+    assert np.array(found["above chance"]) == pytest.approx(np.array([[1, 0], [1 / 5, 2 / 4]]) - chance)
+
+
 # ------------------------------------------------------------------ from end to end
 
 
@@ -457,7 +568,7 @@ def test_a_network_of_which_no_link_is_known_is_pruned_all_the_same(folder, tmp_
     pytest.importorskip("torchvision")
     recipe = replace(recipe_for("torchvision:googlenet", "none"), size=64, each=2, epochs=1, batch=2)
     options = Options(
-        folder, recipe, n_parts=3, pairs=1, canvas=SMALL, held_out=1, plain=2, composed=2, size=0.01,
+        folder, recipe, n_parts=4, pairs=1, canvas=SMALL, held_out=1, plain=2, composed=2, size=0.01,
         rows=("CLA", "weight norm"),
     )  # fmt: skip
     found = OneSeed(options, 0, tmp_path).measured()
@@ -472,6 +583,8 @@ def test_a_network_of_which_no_link_is_known_is_pruned_all_the_same(folder, tmp_
     [
         ({"seeds": ()}, "one seed or more, each once"),
         ({"seeds": (1, 1)}, "one seed or more, each once"),
+        ({"seeds": (-1,)}, "from 0 on; got .-1. .--seeds"),
+        ({"n_parts": 3, "pairs": 1}, "one shares a part with all others.*take more parts"),
         ({"size": 0.0}, "a share of each layer, above 0 and at most 1; got 0.0 .--size"),
         ({"ablation": "noise"}, "'zero' or 'mean', got 'noise'"),
         ({"n_parts": 2}, "2 parts cannot be drawn: give 3 to 12"),
@@ -481,6 +594,7 @@ def test_a_network_of_which_no_link_is_known_is_pruned_all_the_same(folder, tmp_
 def test_options_that_make_no_sense_are_refused(tmp_path, options, said):
     with pytest.raises(ViscircuitsError, match=said):
         composites(tmp_path, quick=True, **options)
+    assert list(tmp_path.iterdir()) == []  # before anything is trained
 
 
 def test_the_command_refuses_seeds_that_are_no_numbers(tmp_path):

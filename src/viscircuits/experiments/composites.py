@@ -32,7 +32,7 @@ from viscircuits.ablation import Statistics
 from viscircuits.circuit import Circuit
 from viscircuits.errors import ViscircuitsError
 from viscircuits.experiments.composites_report import report_of
-from viscircuits.experiments.edges import Pruner, Running, layers_of, links_of, weights_of
+from viscircuits.experiments.edges import Link, Pruner, Running, layers_of, links_of, weights_of
 from viscircuits.experiments.kept import Entry, Kept
 from viscircuits.experiments.pairs import (
     RENDERED,
@@ -47,7 +47,7 @@ from viscircuits.experiments.pairs import (
 )
 from viscircuits.experiments.rankings import INSIDE, ROWS, Plain
 from viscircuits.experiments.report import Report
-from viscircuits.experiments.training import Recipe, begin, recipe_for, train, transform_of, transformed
+from viscircuits.experiments.training import Recipe, begin, build, recipe_for, train, transform_of, transformed
 from viscircuits.images import split
 from viscircuits.metrics import overlap
 from viscircuits.models import ModelSpec
@@ -145,8 +145,8 @@ def composites(
         If an option or the data do not do; it says what to do.
     """
     out, data = Path(out), None if data is None else Path(data)
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ViscircuitsError(f"give one seed or more, each once; got {list(seeds)} (--seeds)")
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise ViscircuitsError(f"give one seed or more, each once, from 0 on; got {list(seeds)} (--seeds)")
     model = model or ("small" if data is None else "lite0")
     size = SIZES.get(model, USUAL_SIZE) if size is None else size
     if not 0 < size <= 1:
@@ -160,7 +160,7 @@ def composites(
     if quick:
         options, seeds = _quick(options, n_parts or 5), seeds[:1]
     found = {seed: OneSeed(options, seed, out, progress).measured() for seed in seeds}
-    return report_of(found, _made(options, seeds))
+    return report_of(found, _made(options, seeds) | ({"quick": "a small run, no result"} if quick else {}))
 
 
 def _quick(options: Options, n_parts: int) -> Options:
@@ -234,8 +234,8 @@ class Drawn:
 
     @cached_property
     def held_out(self) -> Composites:
-        """Composites of photographs that training does not show."""
-        return Composites(self.held_out_parts, self.pairs, self.options.held_out, self.canvas, seed=self.seed)
+        """Composites of photographs that training does not show, at places of their own."""
+        return Composites(self.held_out_parts, self.pairs, self.options.held_out, self.canvas, seed=self.seed, stream=1)
 
     @cached_property
     def to_find(self) -> Composites:
@@ -310,15 +310,10 @@ class OneSeed:
     def __init__(self, options: Options, seed: int, out: Path, progress: bool = False) -> None:
         self.options, self.seed, self.progress = options, seed, progress
         self.drawn = draw_sets(options, seed)
+        _check_pairs(self.drawn.pairs)
+        self.links, self.layers = _chain(options, self.drawn.to_train.names)
         self.spec = trained(self.drawn, out, progress)
         self.spec.model.to(memory_format=torch.channels_last)  # twice as fast on processors
-        known = links_of(self.spec.model, self.spec.address)
-        if not 1 <= options.links <= max(1, len(known)):
-            raise ViscircuitsError(f"{self.spec.address} has {max(1, len(known))} links, got {options.links} (--links)")
-        self.links = known[-options.links :] if known else ()
-        self.layers = layers_of(self.links) if known else tuple(self.spec.layers or ())[-2:]
-        if len(self.layers) < 2:
-            raise ViscircuitsError(f"no two layers are known of {self.spec.address}; take lite0")
         recipe = {"data": options.data and options.data.name, "recipe": None}  # the weights say how they were trained
         made = {**asdict(options), **recipe, "rows": None, "seed": seed, "weights": self.spec.weights_digest()}
         images = (self.drawn.plain(options.plain), self.drawn.held_out, self.drawn.to_find)
@@ -381,7 +376,7 @@ class OneSeed:
         ranking = self.plain.ranking(part, ROWS[row])
         fractions = FRACTIONS if ROWS[row].curve else (0.0, 1.0)
         outputs = [self.whole, *(pruner.without_edges(ranking.masks(fraction)) for fraction in fractions[1:])]
-        circuit = self.plain.circuit(part, ROWS[row].circuit)
+        circuit = self.plain.circuit(part, ROWS[row].circuit, ROWS[row].size)
         entry: Entry = {"fractions": fractions, "edges": ranking.n_edges, "units removed": None}
         if ROWS[row].units:
             outputs.append(pruner.without_units(circuit))
@@ -425,6 +420,29 @@ class OneSeed:
             self.spec, self.layers, [(i,) for i in range(len(pairs))], begun, self.options.composed,
             size=self.options.size, seed=self.seed,
         )  # fmt: skip
+
+
+def _check_pairs(pairs: Sequence[Group]) -> None:
+    """See that each pair can be set against one that shares no part with it."""
+    if any(all(set(one) & set(two) for two in pairs) for one in pairs):
+        raise ViscircuitsError(
+            f"of {len(pairs)} pairs one shares a part with all others, so that nothing is left to compare it with; "
+            "take more parts (--parts) or partners (--pairs)"
+        )
+
+
+def _chain(options: Options, names: Sequence[str]) -> tuple[tuple[Link, ...], tuple[str, ...]]:
+    """The links and layers of the network, known before it is trained."""
+    recipe = options.recipe
+    spec = build(replace(recipe, weights="none"), names)
+    known = links_of(spec.model, spec.address)
+    if not 1 <= options.links <= max(1, len(known)):
+        raise ViscircuitsError(f"{spec.address} has {max(1, len(known))} links, got {options.links} (--links)")
+    links = known[-options.links :] if known else ()
+    layers = layers_of(links) if known else tuple(spec.layers or ())[-2:]
+    if len(layers) < 2:
+        raise ViscircuitsError(f"no two layers are known of {spec.address}; take lite0")
+    return links, layers
 
 
 def _union(one: Circuit, two: Circuit) -> Circuit:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 DRAWS = 2000
 PERMUTATIONS = 9999
-DRAWN = (OURS, PUBLISHED, "CLA ratio", CONTROL, "activation", "random edges")
+DRAWN = (OURS, "anchored, magnitude order", "random edges", PUBLISHED, CONTROL, "activation")
 COLOURS = {
-    OURS: "#1b7837", PUBLISHED: "#40004b", "CLA ratio": "#9970ab", CONTROL: "#b35806", "activation": "#e08214",
-    "random edges": "#666666",
+    OURS: "#1b7837", "anchored, magnitude order": "#7fbf7b", "random edges": "#666666", PUBLISHED: "#40004b",
+    CONTROL: "#b35806", "activation": "#e08214",
 }  # fmt: skip
 KINSHIP = {2: "its own parts", 1: "one part in common", 0: "unrelated"}
 
@@ -147,9 +147,11 @@ def _said_beside(of: Analysis) -> str:
     best = min(others, key=lambda row: others[row].value)
     clear = sum(each.low > 0 for each in others.values())
     areas = over_seeds(of.area(OURS) - of.area(best))
+    by_seed = (100 * (mine - of.selective(best)[..., -1]).mean(1)).tolist()
     return (
-        f"**It is ahead of {clear} of {len(others)} others of the same size with an interval clear of 0.** The nearest "
-        f"is {best}: behind by {_points(others[best])} with all edges pruned, by {_points(areas)} on the way (area)."
+        f"**It is ahead of {clear} of {len(others)} others with an interval clear of 0** (as many units, unless a "
+        f"name says otherwise). The nearest is {best}: behind by {_points(others[best])} with all edges pruned "
+        f"({', '.join(f'{each:.1f}' for each in by_seed)} by seed), by {_points(areas)} on the way (area)."
     )
 
 

@@ -128,11 +128,6 @@ def mean_colour(parts: Parts) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def names_of(images: ImageSet) -> list[str]:
-    """What the images of a part are called."""
-    return [entry.name for entry in images.entries]  # type: ignore[union-attr]  # never a stream
-
-
 # ---------------------------------------------------------------- canvases
 
 
@@ -253,8 +248,8 @@ class Composites(Dataset):
         Images of each group; those of a group stand together.
     canvas
         What they are put on.
-    seed
-        Of photographs and places.
+    seed, stream
+        Of photographs and places; other streams of a seed share neither but by chance.
     transform
         Turns a picture into an item; by default the picture itself.
     """
@@ -267,9 +262,10 @@ class Composites(Dataset):
         canvas: Canvas | None = None,
         *,
         seed: int = 0,
+        stream: int = 0,
         transform: Callable[[Image.Image], Any] | None = None,
     ) -> None:
-        self.parts, self.groups, self.each, self.seed = parts, tuple(groups), each, seed
+        self.parts, self.groups, self.each, self.seed, self.stream = parts, tuple(groups), each, seed, stream
         self.canvas = canvas or Canvas()
         self.transform = transform
         self.names = tuple("-".join(list(parts)[i] for i in group) for group in self.groups)
@@ -281,6 +277,9 @@ class Composites(Dataset):
             raise ViscircuitsError(f"composites need groups and images of each, got {len(self.groups)} and {self.each}")
         if any(len(group) not in (1, 2) for group in self.groups):
             raise ViscircuitsError("a composite shows one part or two")
+        if len(set(self.names)) < len(self.names):  # 'a-b' with 'c', and 'a' with 'b-c'
+            twice = next(name for name in self.names if self.names.count(name) > 1)
+            raise ViscircuitsError(f"two groups are called {twice!r}; rename a part so that hyphens tell them apart")
         if any(len(group) == 2 for group in self.groups) and self.canvas.side < 2 * self.canvas.tile:
             raise ViscircuitsError(
                 f"two tiles of {self.canvas.tile} pixels overlap on a canvas of {self.canvas.side}; it takes "
@@ -295,7 +294,7 @@ class Composites(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"composite {index} of {len(self)}")
         label, number = divmod(index, self.each)
-        rng = np.random.default_rng([self.seed, label, number])
+        rng = np.random.default_rng([self.seed, label, number, self.stream])
         shown = [list(self.parts.values())[i] for i in self.groups[label]]
         pictures = [_read(images, int(rng.integers(len(images)))) for images in shown]
         return self.canvas.lay(pictures, self.ground, rng)
@@ -324,16 +323,29 @@ class Composites(Dataset):
         """Write every composite as a PNG in a folder of its pair, and ``composites.json`` with what made them.
 
         `viscircuits.images.open_images` reads the folder with the pairs as labels.
+
+        Raises
+        ------
+        ViscircuitsError
+            If the folder holds other composites.
         """
         folder = Path(folder)
+        listing, said = folder / "composites.json", self._said()
+        if listing.is_file() and listing.read_text(encoding="utf-8") != said:
+            raise ViscircuitsError(f"{str(folder)!r} holds other composites; give another folder (--out)")
+        write_atomically(listing, said)
         for index in tqdm(range(len(self)), "composites", disable=not progress):
             name = self.names[index // self.each]
             path = folder / name / f"{index % self.each:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             self.draw(index).save(path)
+        return listing
+
+    def _said(self) -> str:
+        """What made the set, as JSON."""
         made = {
             "parts": {name: images.address for name, images in self.parts.items()},
             "pairs": self.names, "each": self.each, "seed": self.seed,
-            "canvas": {**asdict(self.canvas), "ground": self.ground},
+            "stream": self.stream, "canvas": {**asdict(self.canvas), "ground": self.ground},
         }  # fmt: skip
-        return write_atomically(folder / "composites.json", json.dumps(made, indent=1) + "\n")
+        return json.dumps(made, indent=1) + "\n"

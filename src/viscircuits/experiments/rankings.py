@@ -44,13 +44,15 @@ class Row:
     """What is compared: a circuit, the order of its edges, and which edges those are.
 
     `edges` is ``exciting``, ``all``, or ``anywhere``: as many of the network's exciting edges, whatever units they
-    join. `units` says whether removing the circuit's units is measured too.
+    join. `units` says whether removing the circuit's units is measured too. `size` is a share of each layer of its
+    own, in place of the run's.
     """
 
     circuit: str
     order: str
     edges: str = "exciting"
     units: bool = False
+    size: float | None = None
 
     @property
     def curve(self) -> bool:
@@ -59,12 +61,14 @@ class Row:
 
 
 OURS, CONTROL, PUBLISHED = "anchored", "activation difference", "CLA"
+BEST = "activation difference, a tenth"  # of the units: the size at which it was best where sizes were chosen
 ROWS = {
     OURS: Row("anchored", "contrast", units=True),
     PUBLISHED: Row("cla", "cla", units=True),
     "CLA difference": Row("cla-difference", "cla-difference", units=True),
     "CLA ratio": Row("cla-ratio", "cla-ratio", units=True),
     CONTROL: Row("activation-difference", "activation-difference", units=True),
+    BEST: Row("activation-difference", "activation-difference", units=True, size=0.1),
     "activation": Row("activation", "activation", units=True),
     "weight norm": Row("weight-norm", "weight", units=True),
     "random units": Row("random", "random", units=True),
@@ -180,7 +184,7 @@ class Plain:
         self.inside = [INSIDE + layer for layer in layers]
         n_parts = 1 + max(max(pair) for pair in pairs)
         self.places = torch.arange(n_parts * each, dtype=torch.float32).view(n_parts, each, 1, 1, 1)
-        self.circuits: dict[tuple[int, str], Circuit] = {}
+        self.circuits: dict[tuple[int, str, float], Circuit] = {}
 
     @cached_property
     def attributions(self) -> list[Attributions]:
@@ -234,16 +238,17 @@ class Plain:
         others = self.others(part).activity
         return {layer: mine - others[layer] for layer, mine in self.attributions[part].activity.items()}
 
-    def circuit(self, part: int, method: str) -> Circuit:
-        """The part's circuit, as `CIRCUITS` choose it."""
-        if (part, method) not in self.circuits:
-            found = CIRCUITS[method](self, part)
-            self.circuits[part, method] = Circuit(found.units, found.widths)  # edges by the thousand are not kept
-        return self.circuits[part, method]
+    def circuit(self, part: int, method: str, size: float | None = None) -> Circuit:
+        """The part's circuit, as `CIRCUITS` choose it, of the usual size or another."""
+        key = part, method, size or self.size
+        if key not in self.circuits:
+            found = CIRCUITS[method](self, part, key[2])
+            self.circuits[key] = Circuit(found.units, found.widths)  # edges by the thousand are not kept
+        return self.circuits[key]
 
     def ranking(self, part: int, row: Row) -> Ranking:
         """The part's edges in the order in which a row prunes them."""
-        circuit, scores, order = self.circuit(part, row.circuit), ORDERS[row.order](self, part), {}
+        circuit, scores, order = self.circuit(part, row.circuit, row.size), ORDERS[row.order](self, part), {}
         for matrix in self.attributions[part].matrices:
             layer, exciting = matrix.source, matrix.signed > 0
             inside = torch.zeros_like(exciting)
@@ -276,11 +281,14 @@ def outside(found: Attributions) -> Attributions:
 # ---------------------------------------------------------------- circuits
 
 
-def _by_attribution(how: str) -> Callable[[Plain, int], Circuit]:
-    return lambda plain, part: select(plain.contrasted(part, how), plain.size, bound_steps=0)
+Choosing = Callable[["Plain", int, float], Circuit]  # of whose images, which part, which share of each layer
 
 
-def _anchored(plain: Plain, part: int) -> Circuit:
+def _by_attribution(how: str, refine: str = "coordinate") -> Choosing:
+    return lambda plain, part, size: select(plain.contrasted(part, how), size, refine=refine, bound_steps=0)
+
+
+def _anchored(plain: Plain, part: int, size: float) -> Circuit:
     n_parts, each = plain.places.shape[:2]
     others = torch.tensor([i for i in range(n_parts) if i != part])
     task = make_task(
@@ -288,35 +296,35 @@ def _anchored(plain: Plain, part: int) -> Circuit:
         concept_labels=torch.full((each,), part), reference_labels=others.repeat_interleave(each),
         behaviour="margin", ablation=plain.ablation, statistics=plain.measured, batch_size=48, seed=plain.seed,
     )  # fmt: skip
-    sizes = [plain.size / 4, plain.size / 2, plain.size]
+    sizes = [size / 4, size / 2, size]
     found = find(task, "anchored", protect=1.0, sizes=sizes, steps_a_size=STEPS_A_SIZE, edges=False)
-    return _cut(plain, {layer.removeprefix(INSIDE): scores for layer, scores in found.units.items()})
+    return _cut(plain, {layer.removeprefix(INSIDE): scores for layer, scores in found.units.items()}, size)
 
 
-def _by_weights(plain: Plain, part: int) -> Circuit:
+def _by_weights(plain: Plain, part: int, size: float) -> Circuit:
     weights = _weights(plain, part)
     units = {target: weights[source].norm(dim=1) for source, target in pairwise(plain.layers)}
-    return _cut(plain, {plain.layers[0]: weights[plain.layers[0]].norm(dim=0), **units})
+    return _cut(plain, {plain.layers[0]: weights[plain.layers[0]].norm(dim=0), **units}, size)
 
 
-def _at_random(plain: Plain, part: int) -> Circuit:
+def _at_random(plain: Plain, part: int, size: float) -> Circuit:
     generator = plain.numbers(part, 0)
-    return _cut(plain, {layer: torch.rand(width, generator=generator) for layer, width in plain.widths.items()})
+    return _cut(plain, {layer: torch.rand(width, generator=generator) for layer, width in plain.widths.items()}, size)
 
 
-def _cut(plain: Plain, units: Mapping[str, Tensor]) -> Circuit:
+def _cut(plain: Plain, units: Mapping[str, Tensor], size: float) -> Circuit:
     """The best share of each layer."""
     scores = {layer: units[layer].double() for layer in plain.layers}
-    return Finding("", scores, plain.widths).circuit(plain.size)
+    return Finding("", scores, plain.widths).circuit(size)
 
 
-CIRCUITS: dict[str, Callable[[Plain, int], Circuit]] = {
+CIRCUITS: dict[str, Choosing] = {
     "anchored": _anchored,
-    "cla": _by_attribution("none"),
+    "cla": _by_attribution("none", "paper"),  # as published, its search too
     "cla-difference": _by_attribution("difference"),
     "cla-ratio": _by_attribution("ratio"),
-    "activation-difference": lambda plain, part: _cut(plain, plain.raised(part)),
-    "activation": lambda plain, part: _cut(plain, plain.attributions[part].activity),
+    "activation-difference": lambda plain, part, size: _cut(plain, plain.raised(part), size),
+    "activation": lambda plain, part, size: _cut(plain, plain.attributions[part].activity, size),
     "weight-norm": _by_weights,
     "random": _at_random,
 }

@@ -33,10 +33,10 @@ from tqdm import tqdm
 
 from viscircuits.errors import FileFormatError, ModelError, ViscircuitsError
 from viscircuits.experiments.kept import digest_of
-from viscircuits.experiments.pairs import Composites, Group, names_of
+from viscircuits.experiments.pairs import Composites, Group
 from viscircuits.files import write_atomically
 from viscircuits.hooks import forward, record, rewrite
-from viscircuits.models import ModelSpec, Transform, load_model, read_state, wrap
+from viscircuits.models import ModelSpec, Transform, load_model, read_state, seeded, wrap
 from viscircuits.prefix import Prefix
 
 PORTION = 128  # composites that are drawn at a time
@@ -284,11 +284,8 @@ def train(
     """
     path = Path(path)
     spec = build(recipe, composites.names)
-    made = digest_of({
-        "recipe": asdict(recipe), "pairs": composites.names, "each": composites.each, "seed": composites.seed,
-        "canvas": asdict(composites.canvas), "ground": composites.ground,
-        "images": [[Path(images.address).name, *names_of(images)] for images in composites.parts.values()],
-    })  # fmt: skip
+    pictures = [composites.digest(), plain.digest() if recipe.plain else None]
+    made = digest_of({"recipe": asdict(recipe), "pictures": pictures, "start": spec.weights_digest()})
     if path.is_file():
         if _header(path).get("made") != made:
             raise FileFormatError(
@@ -396,7 +393,13 @@ class _Training:
         recipe = self.recipe
         for group in self.fitting.param_groups:
             group["lr"] = pace * recipe.rate
-        with begun.replay(places) as images, torch.enable_grad(), _dropping(self.model, recipe, self.done):
+        number = recipe.seed * 1_000_003 + self.done  # of whatever the network itself drops
+        with (
+            seeded(number),
+            begun.replay(places) as images,
+            torch.enable_grad(),
+            _dropping(self.model, recipe, self.done),
+        ):
             outputs = forward(self.model, images.contiguous())
             missed = cross_entropy(outputs, labels[places], label_smoothing=recipe.smoothing)
             self.fitting.zero_grad()
