@@ -241,7 +241,7 @@ def test_what_the_network_drops_by_itself_depends_on_the_seed_alone(parts, tmp_p
     drawn, _ = sets(parts)
     images, found = torch.rand(len(drawn), 3, 8, 8, generator=seeded()), []
     for state in (1, 2):
-        model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 3))
+        model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 3)).eval()
         nn.init.constant_(model[2].weight, 0.01)
         nn.init.zeros_(model[2].bias)
         run = _Training(wrap(model, lambda picture: torch.zeros(3, 8, 8), ()), SHORT, tmp_path / "n.part", "")
@@ -490,7 +490,8 @@ def test_accuracy_with_the_part_and_without_it_is_told_apart(plain):
     held_out = SimpleNamespace(labels=labels, holds=lambda part: torch.tensor([True, True, False, False]))
     seed = object.__new__(OneSeed)
     seed.__dict__ |= {
-        "plain": plain, "layers": plain.layers, "drawn": SimpleNamespace(held_out=held_out), "whole": answered(True, True, True, True),
+        "plain": plain, "layers": plain.layers, "drawn": SimpleNamespace(held_out=held_out),
+        "whole": answered(True, True, True, True),
         "pruner": SimpleNamespace(
             without_edges=without_edges, without_units=lambda circuit: answered(True, True, True, False)
         ),
