@@ -1023,6 +1023,14 @@ def test_accuracy_is_of_the_classes_that_the_test_was_told(tmp_path):
         assert last["before"][what] == evaluated["baseline"][what]["accuracy"]
     tested = evaluated["images"]["concept"]
     assert tested["classes"] == [int(labels[name]) for name in tested["names"]]
+    for folder in folders.values():  # and when the images are gone the rest goes on
+        folder.rename(folder.with_name(f"{folder.name}-moved"))
+    with (
+        pytest.warns(UserWarning, match="going on without"),
+        server.serving(tmp_path / "out", spec) as url,
+        Served(url, tmp_path / "out", spec).client() as client,
+    ):
+        assert client.get("/api/network").json()["evaluated_on"] == {}
 
 
 def test_a_network_with_other_weights_is_refused(made, monkeypatch):
