@@ -65,7 +65,7 @@ export function face(unit, n) {
 /** A unit in one sentence, for those who hear the page. */
 export function describe(unit) {
   const shots = shotsOf(unit), name = called(unit), sure = sureness(unit), whose = { 1: `only in ${data.title}`, 2: `only in ${data.comparison?.title}` }[unit.member];
-  const seen = shots.length ? `; excited most by a region of ${shots.map(imageOf).join(", ")}` : data.sprite ? "; no image excites it" : "";
+  const seen = shots.length ? `; excited most by a region of ${shots.map(imageOf).join(", ")}` : "";
   return `${name ? `${name}, unit` : "Unit"} ${unit.index} of ${data.layers[unit.layer].name}${known(unit.score) ? `, score ${figure(unit.score)}` : ""}${whose ? `, ${whose}` : ""}${sure ? `, ${sure}` : ""}${seen}`;
 }
 
