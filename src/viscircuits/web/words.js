@@ -46,6 +46,8 @@ export const sureness = (thing) => (known(thing.chosen) && draws ? `chosen in ${
 export const called = (unit) => data.notes[unit.name]?.name || "";
 export const shotsOf = (unit) => data.pictures[unit.id] ?? [];
 export const imageOf = (shot) => data.names[shot[1]];
+/** What an exemplar's image shows, as far as somebody said it. */
+export const classOf = (shot) => data.classes[shot[1]];
 
 /** One tile of the sprite of exemplars; its size is --t. */
 export function picture(shot, alt) { return tile(data.sprite, shot[0], "", alt); }
