@@ -355,6 +355,13 @@ def test_notes_are_kept_in_the_folder_and_on_the_page(served, client):
     assert client.put("/api/notes", json={"key": key, "name": 3}).status_code == 400
 
 
+@pytest.mark.parametrize("index", ["003", "1" * 5000, "٣", "-1", "1e3", "10000000", ""])
+def test_a_note_on_what_is_no_unit_is_a_mistake_of_the_one_who_asks(served, client, index):
+    layer = units(served, 1)[0][0]
+    answer = client.put("/api/notes", json={"key": f"{layer}:{index}", "text": "x"})
+    assert answer.status_code == 400 and "a note" in answer.json()["error"]
+
+
 @pytest.mark.parametrize("ablation", ["zero", "mean", "noise"])
 def test_the_exported_script_does_what_the_page_showed(served, client, monkeypatch, ablation):
     edit = edit_of(served, 3, 4, ablation)
