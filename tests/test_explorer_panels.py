@@ -774,9 +774,17 @@ DROP = """([name, kind, bytes]) => {
 }"""
 
 
-def test_an_image_dropped_anywhere_becomes_the_probe(open_served, served_html, server, data):
+PASTE = """([name, type, bytes]) => {
+  const clipboardData = new DataTransfer();
+  clipboardData.items.add(new File([new Uint8Array(bytes)], name, { type }));
+  document.body.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true }));
+}"""
+
+
+@pytest.mark.parametrize("way", [DROP, PASTE], ids=["dropped", "pasted"])
+def test_an_image_dropped_or_pasted_anywhere_becomes_the_probe(open_served, served_html, server, data, way):
     page = open_served(served_html, server)
-    page.evaluate(DROP, ["мой mug.png", "image/png", [137, 80, 78, 71]])
+    page.evaluate(way, ["мой mug.png", "image/png", [137, 80, 78, 71]])
     panel = page.locator("#probe")
     panel.get_by_role("heading", name="мой mug.png").wait_for()
     assert server.of("probe") == [b"\x89PNG"]
