@@ -52,7 +52,7 @@ def picture(colour: str) -> Image.Image:
 PICTURES = {
     A: [
         Exemplar("x/one.png", 2.5, (0, 0, 24, 30), picture("red")),
-        Exemplar("two.png", 0.3, (1, 2, 25, 32), picture("blue")),
+        Exemplar("two.png", 0.3, (1, 2, 25, 32), picture("blue"), "dög"),
     ],
     B: [Exemplar("x/one.png", 1 / 3, (5, 5, 29, 35), picture("green"))],
 }

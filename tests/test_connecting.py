@@ -58,6 +58,41 @@ def test_the_kernel_of_a_convolution_is_its_weight(size, stride, padding, dilati
     assert torch.allclose(found, weight, atol=1e-5)
 
 
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("n", [2, 3])
+def test_over_several_strided_layers_the_kernel_is_what_they_compose_wherever_the_peak_is(n, padding):
+    between = [nn.Conv2d(4, 4, 3, 2, padding) for _ in range(n)]
+    network = seeded(*between)
+    side = 2 ** (n + 1) - 1
+    weight = between[0].weight.detach()
+    for i, layer in enumerate(between[1:], start=1):  # a step of the layer above is 2^i of those below
+        spread = torch.zeros(4, 4, 2 * 2**i + 1, 2 * 2**i + 1)
+        spread[:, :, :: 2**i, :: 2**i] = layer.weight.detach()
+        weight = composed(spread, weight)
+    assert weight.shape[-1] == side
+    pictures = torch.zeros(1, 3, 95, 95)
+    for place in ((47, 47), (30, 61)):
+        pictures.zero_()[..., place[0] - 2 : place[0] + 3, place[1] - 2 : place[1] + 3] = 1
+        found = kernels(network, 4, str(n), pictures, side=side)
+        assert torch.allclose(found, weight, atol=1e-4)
+
+
+def composed(outer: Tensor, inner: Tensor) -> Tensor:
+    """The weight of one convolution after another."""
+    reach = inner.shape[-1] - 1
+    return nn.functional.conv2d(nn.functional.pad(outer, [reach] * 4), inner.transpose(0, 1).flip(2, 3))
+
+
+def test_a_weight_of_nought_moves_no_kernel():
+    first, second = nn.Conv2d(4, 1, 3, 2), nn.Conv2d(1, 1, 3, 2)
+    network = seeded(first, second)
+    with torch.no_grad():
+        for layer in (first, second):
+            layer.weight.zero_()[0, 0, 0, 0] = 1  # the top left corner alone
+    found = kernels(network, 1, "2", images(20, 41), side=7)
+    assert found[0, 0].nonzero().tolist() == [[0, 0]]
+
+
 def test_the_kernel_of_a_depthwise_convolution_is_its_weight_and_nothing_between_channels():
     convolution = nn.Conv2d(4, 4, 3, 2, 1, groups=4)
     found = kernels(seeded(convolution), 4, "1", images(40), side=3)

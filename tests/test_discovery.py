@@ -303,6 +303,23 @@ def test_a_run_that_was_killed_goes_on_from_its_attributions_and_ends_with_the_s
     assert bytes_of(tmp_path) == bytes_of(run[0])
 
 
+def test_exemplars_say_what_their_images_show_as_far_as_labels_do(tmp_path):
+    spec = replace(tiny(), classes=tuple((name,) for name in ("tabby cat", "dog", "ant", "bee")))
+    for name, source in (("cats", GRATING), ("rest", COLOUR)):
+        for i, each in enumerate(open_images(source)):
+            path = tmp_path / name / ("tabby_cat", "dog")[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            each.image.save(path)
+    given = {**OPTIONS, "reference": tmp_path / "rest", "bootstrap": 0}
+    discover(spec, tmp_path / "cats", tmp_path / "out", **given)
+    shots = [shot for mine in Bundle.load(tmp_path / "out").pictures.values() for shot in mine]
+    assert shots and {(shot.name.split("/")[0], shot.shows) for shot in shots} <= {
+        ("tabby_cat", "tabby cat"), ("dog", "dog"),
+    }  # fmt: skip
+    untold = discover(spec, tmp_path / "cats", labels=None, **given)
+    assert {shot.shows for mine in untold.pictures.values() for shot in mine} == {""}
+
+
 def test_a_rerun_with_fewer_units_and_no_pictures_leaves_none_of_the_old_ones(folder, unevaluated):
     discover(tiny(), GRATING, folder, **{**OPTIONS, "units": 1, "n_pictures": 0})
     left = Bundle.load(folder)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from viscircuits.circuit import Circuit, Edge, Unit
 from viscircuits.drawing import draw, to_html
 from viscircuits.errors import ViscircuitsError
 from viscircuits.exemplars import Exemplar
-from viscircuits.layout import excerpt, reveal, strongest
+from viscircuits.layout import HALF, NEARLY_ALL, excerpt, pattern, reveal, strongest
 from viscircuits.plot import plot
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -30,6 +33,9 @@ CIRCUIT = Circuit(
     ),
     provenance={"model": "tiny & new"},
 )  # fmt: skip
+# one of each sign is sure, in half of the draws, in fewer; and one nobody drew
+SHARES = (0.95, 0.6, 0.2, 0.1, None)
+DRAWN = replace(CIRCUIT, edges=tuple(replace(e, chosen=c) for e, c in zip(CIRCUIT.edges, SHARES, strict=True)))
 
 
 # ------------------------------------------------------------------ what is shown
@@ -65,7 +71,7 @@ def test_only_the_layers_asked_for_are_in_it():
 # ------------------------------------------------------------------ the static drawing
 
 
-def test_the_drawing_has_a_dot_a_unit_and_a_line_an_edge_inhibiting_ones_dashed():
+def test_the_drawing_has_a_dot_a_unit_and_a_line_an_edge():
     root = ET.fromstring(draw(CIRCUIT))
     titles = [title.text for title in root.iter(f"{SVG}title")]
     assert titles[0] == "9 units in 3 layers, 5 edges, of tiny & new"
@@ -73,9 +79,26 @@ def test_the_drawing_has_a_dot_a_unit_and_a_line_an_edge_inhibiting_ones_dashed(
     assert {"net.a:0, score 3", "net.<c>:2"} <= set(titles)
     lines = list(root.iter(f"{SVG}path"))
     assert len(lines) == 5
-    assert sum("stroke-dasharray" in line.attrib for line in lines) == 2
     widths = sorted(float(line.get("stroke-width")) for line in lines)
     assert widths[-1] / widths[-2] == pytest.approx((0.75 / 0.6) ** 0.5, rel=0.01)  # √ of the shares
+
+
+def test_dashes_say_how_sure_an_edge_is_and_colour_and_end_its_sign():
+    assert [pattern(edge.chosen) for edge in DRAWN.edges] == ["solid", "dashed", "dotted", "dotted", "solid"]
+    lines = {round(float(line.get("stroke-width")), 2): line for line in ET.fromstring(draw(DRAWN)).iter(f"{SVG}path")}
+    of = {edge: lines[round(7 * (share / 0.75) ** 0.5, 2)] for edge, share in reveal(DRAWN.edges)}
+    assert {edge.chosen: line.get("stroke-dasharray") for edge, line in of.items()} == {
+        0.95: None, 0.6: "5 3", 0.2: "1.2 2.4", 0.1: "1.2 2.4", None: None,
+    }  # fmt: skip
+    for edge, line in of.items():
+        mark = line.get("d").split("M")[2]
+        assert (line.get("stroke"), "L" in mark) == (("#7b5bb8", True) if edge.signed > 0 else ("#c4711a", False))
+    assert not any("stroke-dasharray" in line.attrib for line in ET.fromstring(draw(CIRCUIT)).iter(f"{SVG}path"))
+
+
+def test_the_page_breaks_its_lines_at_the_same_shares():
+    script = (files("viscircuits") / "web" / "graph.js").read_text(encoding="utf-8")
+    assert [float(share) for share in re.findall(r"chosen >= ([\d.]+)", script)] == [NEARLY_ALL, HALF]
 
 
 def test_a_line_joins_the_dots_of_its_units():
@@ -86,8 +109,9 @@ def test_a_line_joins_the_dots_of_its_units():
             dots[group.find(f"{SVG}title").text.split(",")[0]] = (dot.get("cx"), dot.get("cy"))
     ends = set()
     for line in root.iter(f"{SVG}path"):
-        start, *_, to_x, to_y = line.get("d").replace("C", " ").split()
-        ends.add(((start.removeprefix("M"), line.get("d").split("C")[0].split()[1]), (to_x, to_y)))
+        curve = line.get("d").split("M")[1]
+        start, (*_, to_x, to_y) = curve.split("C")[0].split(), curve.split("C")[1].split()
+        ends.add((tuple(start), (f"{float(to_x) + 7:g}", to_y)))  # just before the dot
     assert ends == {(dots[str(edge.source)], dots[str(edge.target)]) for edge in CIRCUIT.edges}
 
 
@@ -136,15 +160,20 @@ def test_the_figure_has_the_width_of_a_column_or_of_a_page():
 def test_the_figure_draws_each_edge_by_share_sign_and_dash():
     from matplotlib.colors import to_hex
 
-    patches = plot(CIRCUIT).axes[0].patches
+    patches = plot(DRAWN).axes[0].patches
     assert len(patches) == 5
-    drawn = sorted(
-        (each.get_linewidth(), to_hex(each.get_edgecolor()), each.get_linestyle() == "-") for each in patches
-    )
-    shares = sorted((share, edge.signed > 0) for edge, share in reveal(CIRCUIT.edges))
-    for (width, colour, solid), (share, excites) in zip(drawn, shares, strict=True):
-        assert width == pytest.approx(2.6 * (share / 0.75) ** 0.5, rel=0.01)
-        assert (colour, solid) == (("#5e3c99", True) if excites else ("#b85c00", False))
+    drawn = sorted(patches, key=lambda patch: patch.get_linewidth())
+    shares = sorted(((share, edge) for edge, share in reveal(DRAWN.edges)), key=lambda pair: pair[0])
+    solid = plot(CIRCUIT).axes[0].patches
+    assert {patch.get_linestyle() for patch in solid} == {"-"}
+    for patch, (share, edge) in zip(drawn, shares, strict=True):
+        assert patch.get_linewidth() == pytest.approx(2.6 * (share / 0.75) ** 0.5, rel=0.01)
+        assert to_hex(patch.get_edgecolor()) == ("#5e3c99" if edge.signed > 0 else "#b85c00")
+        assert len(patch.get_path()) == (7 if edge.signed > 0 else 6)  # an arrowhead has three points, a bar two
+        dash = patch.get_linestyle()
+        assert (dash if dash == "-" else dash[1][0] > 1) == {"solid": "-", "dashed": True, "dotted": False}[
+            pattern(edge.chosen)
+        ]
 
 
 def test_the_figure_names_layers_without_what_all_names_begin_with_and_counts_units():

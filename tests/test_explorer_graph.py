@@ -74,12 +74,17 @@ def circuit() -> Circuit:
     return fake_circuit(4, 6, 80)
 
 
+SHOWS = {"beagle.jpg": "Hound", "whippet.jpg": "Hound"}
+
+
 @pytest.fixture(scope="module")
 def html(circuit) -> str:
     notes = {str(next(iter(circuit))): {"name": "ears", "text": "pointed ones", "by": "", "when": ""}}
-    return page_of(
-        circuit, measured_at(0.25, 0.5, 0.75, 1.0), fake_pictures(circuit), title="dog", command="make", notes=notes
-    )
+    pictures = {
+        each: [replace(shot, shows=SHOWS.get(shot.name, "")) for shot in shots]
+        for each, shots in fake_pictures(circuit).items()
+    }
+    return page_of(circuit, measured_at(0.25, 0.5, 0.75, 1.0), pictures, title="dog", command="make", notes=notes)
 
 
 # ------------------------------------------------------------------ what a person does and sees
@@ -263,7 +268,7 @@ def test_an_edge_is_opened_by_clicking_its_line(open_page):
 # ------------------------------------------------------------------ finding
 
 
-def test_units_are_found_by_index_layer_name_remark_and_image(open_page, html, circuit):
+def test_units_are_found_by_index_layer_name_remark_image_and_its_class(open_page, html, circuit):
     page = open_page(html)
     box, results = page.get_by_role("combobox", name="Find units"), page.get_by_role("listbox", name="Units found")
     layer, data = circuit.layers[2], held(html)
@@ -280,6 +285,10 @@ def test_units_are_found_by_index_layer_name_remark_and_image(open_page, html, c
     with_pug = {name for name, shots in zip(names, data["pictures"], strict=True) if image in {s[1] for s in shots}}
     listed = set(found("pug"))
     assert {name if name != "ears" else names[0] for name in listed} == with_pug
+    hounds = {data["names"].index(name) for name in SHOWS}
+    with_hound = {name for name, shots in zip(names, data["pictures"], strict=True) if hounds & {s[1] for s in shots}}
+    assert {name if name != "ears" else names[0] for name in found("hound")} == with_hound
+    assert results.get_by_text("shows: Hound").count() == len(with_hound) < len(names)
     assert found("no such thing") == [] and "No unit found" in results.inner_text()
 
 

@@ -573,7 +573,13 @@ class Server:
         n = len(sent["edit"]["units"]) + len(sent["edit"]["edges"])
         before = answers((504, "coffee mug", 0.81234), (968, "cup", 0.11))
         after = answers((968, "cup", 0.52), (504, "coffee mug", 0.81234 / (n + 1)))
-        operated = [{"id": each, "before": before, "after": after, "activations": []} for each in sent["probes"]]
+        gone = {f"{layer}:{index}" for layer, index in sent["edit"]["units"]}
+        operated = []
+        for each in sent["probes"]:
+            kept = self.data["probes"]["probes"][int(each.removeprefix("kept:"))] if each != "u1" else None
+            clean = kept["activations"] if kept else [0.5] * len(names_of(self.data))
+            now = [0.0 if name in gone else x for name, x in zip(names_of(self.data), clean, strict=True)]
+            operated.append({"id": each, "before": before, "after": after, "activations": now})
         return {"probes": operated, "milliseconds": {"forward": 41.2, "all": 66.6}}
 
     def accuracy(self, sent: Any, request: Any) -> Any:
@@ -632,6 +638,33 @@ def test_surgery_shows_at_once_what_the_network_answers(open_served, served_html
     page.wait_for_function("document.querySelector('#surgery select').value === 'zero'")
     page.wait_for_timeout(50)
     assert server.of("surgery")[-1]["edit"]["ablation"] == "zero"
+
+
+def test_under_an_edit_units_glow_by_the_edited_network_and_what_changed_is_marked(
+    open_served, served_html, server, data
+):
+    page = open_served(served_html, server)
+    probe, most = data["probes"]["probes"][0], data["probes"]["most"]
+    cut = max(range(len(most)), key=lambda i: probe["activations"][i] / most[i])
+    share = probe["activations"][cut] / most[cut]
+    tab(page, "Probe").get_by_role("button", name=re.compile("^clean mug")).click()
+    clean = glow(page)
+    assert clean[cut] == pytest.approx(share, abs=1e-3) and share > 0.1
+    click_unit(page, names_of(data)[cut]).get_by_role("button", name="Select for surgery").click()
+    panel = tab(page, "Surgery")
+    panel.locator("[data-probe]").wait_for()
+    assert glow(page) == [0 if i == cut else was for i, was in enumerate(clean)]
+    marked = page.locator("#nodes .unit.fell")
+    assert marked.evaluate_all("all => all.map((each) => each.unit.id)") == [cut]
+    assert marked.evaluate("each => getComputedStyle(each, '::after').clipPath").startswith("polygon")
+    assert page.locator("#nodes .unit.rose").count() == 0
+    said = f"{round(100 * share)}\u202f% → 0\u202f%"
+    assert panel.locator(".changed li").all_inner_texts()[0].split("\n")[-1] == said
+    assert "under the edit" in page.locator("#legend").inner_text()
+    page.locator("#nodes .unit").nth(0).evaluate("() => document.activeElement.blur()")
+    panel.get_by_role("button", name="Undo").click()
+    assert glow(page) == clean and page.locator("#nodes .unit.fell").count() == 0
+    assert "under the edit" not in page.locator("#legend").inner_text()
 
 
 def test_two_probes_are_operated_on_together_and_edges_are_named_by_their_ends(open_served, served_html, server, data):
@@ -741,9 +774,17 @@ DROP = """([name, kind, bytes]) => {
 }"""
 
 
-def test_an_image_dropped_anywhere_becomes_the_probe(open_served, served_html, server, data):
+PASTE = """([name, type, bytes]) => {
+  const clipboardData = new DataTransfer();
+  clipboardData.items.add(new File([new Uint8Array(bytes)], name, { type }));
+  document.body.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true }));
+}"""
+
+
+@pytest.mark.parametrize("way", [DROP, PASTE], ids=["dropped", "pasted"])
+def test_an_image_dropped_or_pasted_anywhere_becomes_the_probe(open_served, served_html, server, data, way):
     page = open_served(served_html, server)
-    page.evaluate(DROP, ["мой mug.png", "image/png", [137, 80, 78, 71]])
+    page.evaluate(way, ["мой mug.png", "image/png", [137, 80, 78, 71]])
     panel = page.locator("#probe")
     panel.get_by_role("heading", name="мой mug.png").wait_for()
     assert server.of("probe") == [b"\x89PNG"]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,12 +18,14 @@ from torch import Tensor
 from browser import axe
 from test_discovery import tiny
 from viscircuits import evaluation
-from viscircuits.ablation import ablate, measure, prune_edges
+from viscircuits.ablation import ablate, describe_layers, measure, prune_edges
 from viscircuits.bundle import Bundle
 from viscircuits.circuit import Circuit, Edge, Unit
 from viscircuits.discovery import discover, found_with
 from viscircuits.models import ModelSpec
 from viscircuits.notes import load_notes
+from viscircuits.probing import respond
+from viscircuits.surgery import Surgery
 
 server = pytest.importorskip("viscircuits.server")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'viscircuits[serve]'")
@@ -156,6 +161,59 @@ def test_selecting_units_changes_the_prediction_exactly_as_ablate_does(open_live
         with ablate(spec, part(circuit, chosen), ablation, reference=reference):
             after = runs(spec, picture)
         expect(table(page), printed(runs(spec, picture)), printed(after))
+
+
+def test_the_units_glow_as_they_fire_under_ablate(open_live, address, made, bundle):
+    _, spec = made
+    page, circuit, probes = open_live(address), bundle.circuit, bundle.probes
+    clean = dict(zip(probes.units, probes.activations[0].tolist(), strict=True))
+    most = dict(zip(probes.units, np.abs(probes.activations).max(0).tolist(), strict=True))
+    cut = [unit for unit in circuit if unit.layer == circuit.layers[0]]  # later ones hear of it
+    tab(page, "Probe").locator("button.probe").first.click()
+    for unit in cut:
+        select(page, unit)
+    tab(page, "Surgery")
+    for ablation in ("mean", "zero"):
+        with page.expect_response(lambda response: response.url.endswith("/api/surgery")):
+            page.get_by_label("Replaced by").select_option(ablation)
+    page.wait_for_timeout(50)
+    units, layers = list(circuit), describe_layers(spec, spec.example(), circuit.layers)
+    with ablate(spec, part(circuit, cut), "zero"):
+        rows, _ = respond(spec, spec.transform(probes.pictures[0])[None], units, layers)
+    fired = dict(zip(units, rows[0].tolist(), strict=True))
+    shown = page.locator("#nodes .unit:not(.super)").evaluate_all(
+        "all => all.map((each) => [each.unit.name, Number(each.style.getPropertyValue('--glow'))])"
+    )
+    true = {str(unit): min(1, max(0, fired[unit] / most[unit])) for unit in units if most[unit]}
+    assert {name: dict(shown)[name] for name in true} == pytest.approx(true, abs=1e-3)
+    changed = {
+        str(unit): fired[unit] < clean[unit] for unit in units if abs(fired[unit] - clean[unit]) > 0.03 * most[unit]
+    }
+    assert any(changed.values()) and len({name.split(":")[0] for name in changed}) > 1  # later layers too
+    fell = page.locator("#nodes .unit.fell").evaluate_all("all => all.map((each) => each.unit.name)")
+    rose = page.locator("#nodes .unit.rose").evaluate_all("all => all.map((each) => each.unit.name)")
+    assert all(name in (fell if less else rose) for name, less in changed.items())
+
+
+def test_heat_maps_on_the_units_are_those_that_python_draws(open_live, address, made, bundle):
+    _, spec = made
+    page, circuit = open_live(address), bundle.circuit
+    tab(page, "Probe").locator("button.probe").first.click()
+    page.get_by_role("button", name="Heat map", exact=True).click()
+    asked = Surgery(replace(spec, model=deepcopy(spec.model)), circuit)  # the server's own is busy drawing
+    probe = asked.probe(bundle.probes.pictures[0], "first", "concept")
+    for unit in (next(iter(circuit)), list(circuit)[-1]):
+        node = page.locator("#nodes").get_by_role("button", name=f"nit {unit.index} of {unit.layer}")
+        image = node.locator("img.heatmap")
+        image.evaluate("async (img) => { await img.decode() }")
+        shown = image.evaluate(
+            """(img) => { const canvas = new OffscreenCanvas(img.naturalWidth, img.naturalHeight);
+              const context = canvas.getContext("2d"); context.drawImage(img, 0, 0);
+              return [...context.getImageData(0, 0, canvas.width, canvas.height).data] }"""
+        )
+        assert bytes(shown) == asked.heat(probe, unit).convert("RGBA").tobytes()
+    tab(page, "Probe").locator("button.probe").first.click()  # no image, no heat
+    assert page.locator("#nodes img.heatmap").count() == 0
 
 
 def test_cutting_an_edge_changes_the_prediction_exactly_as_prune_edges_does(open_live, address, made, bundle):

@@ -355,6 +355,13 @@ def test_notes_are_kept_in_the_folder_and_on_the_page(served, client):
     assert client.put("/api/notes", json={"key": key, "name": 3}).status_code == 400
 
 
+@pytest.mark.parametrize("index", ["003", "1" * 5000, "٣", "-1", "1e3", "10000000", ""])
+def test_a_note_on_what_is_no_unit_is_a_mistake_of_the_one_who_asks(served, client, index):
+    layer = units(served, 1)[0][0]
+    answer = client.put("/api/notes", json={"key": f"{layer}:{index}", "text": "x"})
+    assert answer.status_code == 400 and "a note" in answer.json()["error"]
+
+
 @pytest.mark.parametrize("ablation", ["zero", "mean", "noise"])
 def test_the_exported_script_does_what_the_page_showed(served, client, monkeypatch, ablation):
     edit = edit_of(served, 3, 4, ablation)
@@ -1023,6 +1030,14 @@ def test_accuracy_is_of_the_classes_that_the_test_was_told(tmp_path):
         assert last["before"][what] == evaluated["baseline"][what]["accuracy"]
     tested = evaluated["images"]["concept"]
     assert tested["classes"] == [int(labels[name]) for name in tested["names"]]
+    for folder in folders.values():  # and when the images are gone the rest goes on
+        folder.rename(folder.with_name(f"{folder.name}-moved"))
+    with (
+        pytest.warns(UserWarning, match="going on without"),
+        server.serving(tmp_path / "out", spec) as url,
+        Served(url, tmp_path / "out", spec).client() as client,
+    ):
+        assert client.get("/api/network").json()["evaluated_on"] == {}
 
 
 def test_a_network_with_other_weights_is_refused(made, monkeypatch):

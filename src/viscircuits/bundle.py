@@ -323,7 +323,8 @@ def _save_pictures(folder: Path, pictures: Mapping[Unit, Sequence[Exemplar]]) ->
             each.image.save(buffer, format="PNG")
             write_atomically(folder / name, buffer.getvalue())
             about = {"layer": unit.layer, "index": unit.index, "rank": rank, "file": name, "image": each.name}
-            listed.append({**about, "activation": each.activation, "box": list(each.box)})
+            said = {"shows": each.shows} if each.shows else {}
+            listed.append({**about, "activation": each.activation, "box": list(each.box), **said})
     if listed:
         content = {"schema": PICTURES_SCHEMA, "version": 1, "pictures": listed}
         write_atomically(folder / "pictures.json", json.dumps(content, indent=1) + "\n")
@@ -351,7 +352,8 @@ def _load_pictures(folder: Path) -> dict[Unit, list[Exemplar]]:
         for each in listed:
             with Image.open(folder / Path(each["file"]).name) as image:
                 picture = image.convert("RGB")
-            exemplar = Exemplar(each["image"], each["activation"], tuple(each["box"]), picture)
+            box, shows = tuple(each["box"]), str(each.get("shows", ""))
+            exemplar = Exemplar(each["image"], each["activation"], box, picture, shows)
             found.setdefault(Unit(each["layer"], each["index"]), []).append(exemplar)
         return found
     except (OSError, KeyError, TypeError, ValueError) as error:

@@ -103,6 +103,17 @@ class Linearised(_Through):
         return _F.avg_pool2d(given["input"], given["kernel_size"], **pooling)
 
 
+class Evened(Linearised):
+    """`Linearised`, and a convolution is the mean over all that it can see: where gradients go depends on no weight."""
+
+    def other(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Equal weights in place of a convolution's own."""
+        if function is _F.conv2d and len(args) > 1:
+            pixels, weight, *rest = args
+            return function(pixels, torch.full_like(weight, 1 / weight[0].numel()), *rest, **kwargs)
+        return super().other(function, args, kwargs)
+
+
 class _Bounded(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, values: Tensor, low: float, high: float, in_place: bool, passed: Callable) -> Tensor:

@@ -6,9 +6,11 @@
    it is the convolution's weight; with a batch norm, the folded one; with a ReLU between, the weight times the share
    of images that open it. A value clipped flat, as by ReLU6, counts as unclipped (`viscircuits.clipping`). A position
    outside the source's map counts in no average.
-2. *Place.* The peak is carried over to the source's map centre to centre, by the whole number nearest to the ratio of
-   the two sizes; of two positions equally near it is the first. A stream of tokens is the square grid it holds besides
-   its class and register tokens. A source without a grid has its whole derivative in the middle.
+2. *Place.* The peak is carried over to the source's map centre to centre; of two positions equally near it is the
+   first. Centres are measured: gradients of two middle positions, with all weights equal, say what these can see of the
+   source and so where the field of any other lies. Where a middle position sees to the border, its centre cannot be
+   told and the ratio of the two sizes stands in (`carried`). A stream of tokens is the square grid it holds besides its
+   class and register tokens. A source without a grid has its whole derivative in the middle.
 3. *Contribution.* For each image the signed linear contribution Σ_p A_m ⊙ ∂s_n/∂A_m with the summary s_n that the
    circuit was attributed with: the mean over the images it was found with is ``Edge.signed``.
 
@@ -32,7 +34,7 @@ from viscircuits.ablation import describe_layers
 from viscircuits.attribution import Images
 from viscircuits.budget import ENGINES, Scoring
 from viscircuits.circuit import Circuit, Unit
-from viscircuits.clipping import Unclipped
+from viscircuits.clipping import Evened, Unclipped
 from viscircuits.connections import Connections, Pair
 from viscircuits.errors import ImageError, LayerError, ViscircuitsError
 from viscircuits.hooks import activations, evaluating
@@ -108,6 +110,7 @@ def connect(
     seen = 0
     bar = tqdm(total=sum(len(batch) for batch, _ in taken), desc="edges", unit="image", delay=2, disable=not progress)
     with bar, evaluating(spec.model), torch.inference_mode(False), torch.enable_grad():
+        _line_up(spec, joints, taken[0][0][:1])
         for batch, _ in taken:
             _look(spec, joints, batch, batch[: max(0, n_kernel_images - seen)], summary)
             seen += len(batch)
@@ -129,6 +132,7 @@ class _Joint:
     kernels: Tensor = field(default_factory=lambda: torch.zeros(0))  # (edge, side, side), sums
     counts: Tensor = field(default_factory=lambda: torch.zeros(0))
     contributions: list[Tensor] = field(default_factory=list)  # (image, edge) of each batch
+    centres: dict[int, tuple[float, float]] = field(default_factory=dict)  # axis → source's of target's 0, and the step
 
     def __post_init__(self) -> None:
         self.grid, self.before = _grid(self.source)
@@ -138,6 +142,13 @@ class _Joint:
         """Room for the sums, once all edges are in."""
         self.kernels = torch.zeros(len(self.edges), self.side, self.side, dtype=torch.float64)
         self.counts = torch.zeros_like(self.kernels)
+
+    def seat(self, axis: int, place: int, n_source: int) -> int:
+        """Where a position along an axis of the target's map lies on the source's."""
+        if axis not in self.centres:
+            return carried(place, 1 if self.target_grid is None else self.target_grid[axis], n_source)
+        first, step = self.centres[axis]
+        return min(max(math.ceil(first + step * place - 0.5), 0), n_source - 1)
 
     @property
     def by_target(self) -> dict[int, list[int]]:
@@ -183,6 +194,40 @@ def _joints(spec: ModelSpec, image: Tensor, pairs: Sequence[Pair], side: int) ->
     for joint in joints.values():
         joint.begin()
     return list(joints.values())
+
+
+def _line_up(spec: ModelSpec, joints: Sequence[_Joint], image: Tensor) -> None:
+    """Measure each joint's `centres`."""
+    mapped = [joint for joint in joints if joint.grid and joint.target_grid]
+    if not mapped:
+        return
+    addresses = list(dict.fromkeys(a for joint in mapped for a in (joint.source.address, joint.target.address)))
+    with Evened():
+        values = activations(spec.model, addresses, image.detach().clone().requires_grad_())
+    for joint in mapped:
+        source = values[joint.source.address]
+        map_ = by_unit(values[joint.target.address], joint.target.unit_axis)[0, :, joint.target_before :].sum(0)
+        rows, columns = joint.target_grid or (1, 1)
+        middle = rows // 2, columns // 2
+        for axis, back in ((0, columns), (1, 1)):
+            if middle[axis] == 0:
+                continue
+            at = middle[0] * columns + middle[1]
+            here, before = (_centre(joint, source, map_[place], axis) for place in (at, at - back))
+            if here is not None and before is not None and here > before:
+                joint.centres[axis] = here - (here - before) * middle[axis], here - before
+
+
+def _centre(joint: _Joint, source: Tensor, value: Tensor, axis: int) -> float | None:
+    """The middle, along an axis of the source's map, of all that a value can see; None if that reaches the border."""
+    (gradient,) = torch.autograd.grad(value, source, retain_graph=True, allow_unused=True)
+    if gradient is None or joint.grid is None:
+        return None
+    seen = (by_unit(gradient, joint.source.unit_axis)[0, :, joint.before :] != 0).any(0).reshape(joint.grid)
+    places = seen.any(1 - axis).nonzero().flatten().tolist()
+    if not places or places[0] == 0 or places[-1] == joint.grid[axis] - 1:
+        return None
+    return (places[0] + places[-1]) / 2
 
 
 def _look(spec: ModelSpec, joints: Sequence[_Joint], images: Tensor, for_kernels: Tensor, summary: str) -> None:
@@ -252,9 +297,8 @@ def _patch(
         patch[:, half, half] = slopes.sum(1)
         return patch, torch.ones(joint.side, joint.side, dtype=torch.bool)
     height, width = joint.grid
-    rows, columns = joint.target_grid or (1, 1)
-    y = carried(at // columns if joint.target_grid else 0, rows, height)
-    x = carried(at % columns if joint.target_grid else 0, columns, width)
+    row, column = divmod(at, joint.target_grid[1]) if joint.target_grid else (0, 0)
+    y, x = joint.seat(0, row, height), joint.seat(1, column, width)
     field_ = slopes[:, joint.before :].reshape(-1, height, width)
     top, left, bottom, right = max(0, y - half), max(0, x - half), min(height, y + half + 1), min(width, x + half + 1)
     there = slice(top - y + half, bottom - y + half), slice(left - x + half, right - x + half)
@@ -267,10 +311,9 @@ def _patch(
 def carried(place: int, n_target: int, n_source: int) -> int:
     """Where a position along one axis of the target's map lies on the source's, centre to centre.
 
-    The step is the whole number nearest to the ratio of the sizes (below 1 the ratio itself), as a convolution's is,
-    padded or not. Of two positions equally near it is the first. Exact for one convolution. The sizes do not say the
-    step of several: two of 3×3 with stride 2 are off by up to 1 position if padded and 6 if not, three by up to 6 and
-    11 (maps of up to 112), most towards the edges.
+    For where no centres can be measured: the step is the whole number nearest to the ratio of the sizes (below 1 the
+    ratio itself), as a convolution's is, padded or not. Of two positions equally near it is the first. Exact for one
+    convolution; the sizes do not say the step of several.
     """
     ratio = n_source / n_target
     step = round(ratio) if ratio >= 1 else ratio

@@ -139,6 +139,7 @@ class PageData(TypedDict):
     sprite: SpriteData | None
     pictures: list[list[tuple[int, int, float]]]  # a unit: tile, place in names, activation
     names: list[str]
+    classes: list[str]  # what the image of each name shows, as far as somebody said it, else ""
     visualisations: list[list[tuple[int, str]]]  # a unit: tile, what it is ("channel", "channel, negative", …)
     visualisation_sprite: SpriteData | None
     kernels: KernelsData | None

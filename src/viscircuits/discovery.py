@@ -48,7 +48,7 @@ from viscircuits.running import N_DIGEST, Seen
 from viscircuits.scores.formulas import SCORES, SUMMARIES, choose
 from viscircuits.selection import REFINEMENTS, select, units_per_layer
 from viscircuits.suite import evaluate_fully
-from viscircuits.trials import LabelSource, find_labels
+from viscircuits.trials import LabelSource, find_labels, said_to_show
 from viscircuits.workers import is_first, team
 
 FINISHED = "attributions.safetensors"
@@ -204,7 +204,7 @@ def discover(
         edge_fractions=edge_fractions, batch_size=per_pass, seed=seed, progress=progress,
     )  # fmt: skip
     axes = {layer.address: layer.unit_axis for layer in chain}
-    pictures = _pictures(spec, strongest(circuit, n_pictured), concept, axes, n_pictures, per_pass, progress)
+    pictures = _pictures(spec, strongest(circuit, n_pictured), concept, axes, n_pictures, labels, per_pass, progress)
     bundle = Bundle(circuit, attributions, evaluation, pictures, title, command)
     if n_pictures:
         bundle = _looked_into(bundle, spec, concept, tested, untested, per_pass, progress)
@@ -835,7 +835,14 @@ def _described(spec: ModelSpec, images: ImageSet, first: int | None = None) -> d
 
 
 def _pictures(
-    spec: ModelSpec, units: list[Unit], images: ImageSet, axes: dict[str, int], n: int, batch_size: int, progress: bool
+    spec: ModelSpec,
+    units: list[Unit],
+    images: ImageSet,
+    axes: dict[str, int],
+    n: int,
+    labels: LabelSource | None,
+    batch_size: int,
+    progress: bool,
 ) -> dict[Unit, list[Exemplar]]:
     if not n or spec.transform is None:
         return {}
@@ -844,12 +851,14 @@ def _pictures(
         return tqdm(stream, desc="pictures", delay=2, disable=not progress)
 
     try:
-        return exemplars(
+        found = exemplars(
             spec.model, units, images, spec.transform, n=n, batch_size=batch_size, unit_axes=axes, progress=watch
         )
     except ImageError as error:
         warnings.warn(f"the result has no pictures of its units: {error}", stacklevel=3)
         return {}
+    classes = said_to_show(spec, images, labels)
+    return {unit: [replace(each, shows=classes.get(each.name, "")) for each in mine] for unit, mine in found.items()}
 
 
 def _looked_into(

@@ -1,8 +1,8 @@
 """A circuit as one static SVG: what a notebook shows of it, without a script, a font or a network.
 
-Layers are columns, units are dots as dark as their score, edges are lines as wide as the square root of their share;
-purple and solid excites, orange and dashed inhibits. Ink is the colour of the text around it, so that it suits light
-and dark pages.
+Layers are columns, units are dots as dark as their score, edges are lines as wide as the square root of their share.
+Purple with an arrowhead excites, orange with a bar inhibits; a broken line is an unsure edge. Ink is the colour of the
+text around it, so that it suits light and dark pages.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 from html import escape
 
 from viscircuits.circuit import Circuit, Unit
-from viscircuits.layout import Excerpt, excerpt
+from viscircuits.layout import Excerpt, excerpt, pattern
 
 COLUMN, ROW, MARGIN, HEAD = 96, 30, 40, 34  # pixels
 WIDEST = 7.0  # of a line
 EXCITE, INHIBIT = "#7b5bb8", "#c4711a"  # legible on white and on black
 N_LETTERS = 15  # of a layer's name
+SHORT = 7  # pixels before a unit's centre at which its edges end
+DASHES = {"solid": "", "dashed": ' stroke-dasharray="5 3"', "dotted": ' stroke-dasharray="1.2 2.4"'}
 
 
 def draw(circuit: Circuit, *, n_units: int = 10, n_edges: int = 120) -> str:
@@ -78,13 +80,23 @@ def _lines(shown: Excerpt, place: dict[Unit, tuple[float, float]]) -> list[str]:
     lines = []
     for edge, share in reversed(shown.edges):  # the strongest on top
         (x, y), (to_x, to_y) = place[edge.source], place[edge.target]
-        bend = (to_x - x) / 2
-        colour, dash = (EXCITE, "") if edge.signed >= 0 else (INHIBIT, ' stroke-dasharray="5 3"')
+        to_x -= SHORT
+        bend, wide = (to_x - x) / 2, max(0.5, WIDEST * (share / most) ** 0.5)
+        colour = EXCITE if edge.signed >= 0 else INHIBIT
         lines.append(
-            f'<path d="M{x:g} {y:g}C{x + bend:g} {y:g} {to_x - bend:g} {to_y:g} {to_x:g} {to_y:g}" fill="none" '
-            f'stroke="{colour}" stroke-width="{max(0.5, WIDEST * (share / most) ** 0.5):.2f}" opacity=".55"{dash}/>'
+            f'<path d="M{x:g} {y:g}C{x + bend:g} {y:g} {to_x - bend:g} {to_y:g} {to_x:g} {to_y:g}'
+            f'{_end(to_x, to_y, wide, edge.signed >= 0)}" fill="none" stroke="{colour}" stroke-width="{wide:.2f}" '
+            f'opacity=".55"{DASHES[pattern(edge.chosen)]}/>'
         )
     return lines
+
+
+def _end(x: float, y: float, wide: float, excites: bool) -> str:
+    """An arrowhead or a bar, as on the page, so that the sign can be read without colours."""
+    half = 2 + 0.6 * wide
+    if excites:
+        return f"M{x - 1.5 * half:g} {y - half:g}L{x:g} {y:g}L{x - 1.5 * half:g} {y + half:g}"
+    return f"M{x:g} {y - half:g}V{y + half:g}"
 
 
 def _dots(circuit: Circuit, shown: Excerpt, place: dict[Unit, tuple[float, float]]) -> list[str]:

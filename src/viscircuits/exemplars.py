@@ -62,12 +62,15 @@ class Exemplar:
         Left, top, right, bottom of the region, in pixels of the network's input.
     image
         The region as the network saw it, at most 96 pixels a side.
+    shows
+        The class of the image, where somebody said it.
     """
 
     name: str
     activation: float
     box: Box
     image: Image.Image
+    shows: str = ""
 
 
 def exemplars(

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from viscircuits.circuit import Circuit, Edge, Unit
 
 SWEEPS = 8
+NEARLY_ALL, HALF = 0.8, 0.5  # of the bootstrap draws
 
 Links = list[tuple[int, int, float]]
 
@@ -44,6 +45,17 @@ def reveal(edges: Sequence[Edge]) -> list[tuple[Edge, float]]:
             covered += share
     ranked.sort(key=lambda entry: entry[0])
     return [(edge, share) for _, edge, share in ranked]
+
+
+def pattern(chosen: float | None) -> str:
+    """How a line says which share of the bootstrap draws chooses its edge: ``solid``, ``dashed`` or ``dotted``.
+
+    The page, the static drawing and the figure for a paper agree: broken lines are unsure edges, whatever their sign.
+    Where nobody drew, lines are solid.
+    """
+    if chosen is None or chosen >= NEARLY_ALL:
+        return "solid"
+    return "dashed" if chosen >= HALF else "dotted"
 
 
 def strongest(circuit: Circuit, n: int) -> list[Unit]:

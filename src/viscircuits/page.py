@@ -144,7 +144,7 @@ def page_data(
     edges = [edge for edge, _ in shown]
     places = {(edge.source, edge.target): place for place, edge in enumerate(edges)}
     held = None if connections is None else connections.of([pair for pair in places if pair in connections.places])
-    drawn, tiles, names = _pictures(units, pictures or {})
+    drawn, tiles, names, classes = _pictures(units, pictures or {})
     made, made_tiles = _visualisations(units, visualisations)
     return {
         "schema": SCHEMA,
@@ -157,6 +157,7 @@ def page_data(
         "sprite": _sprite(tiles),
         "pictures": drawn,
         "names": names,
+        "classes": classes,
         "visualisations": made,
         "visualisation_sprite": _sprite(made_tiles),
         "kernels": _kernels(held, places),
@@ -241,14 +242,15 @@ def _sizes(evaluation: Mapping[str, Any] | None) -> dict[str, list[SizeData]]:
 
 def _pictures(
     units: Sequence[Unit], pictures: Mapping[Unit, Sequence[Exemplar]]
-) -> tuple[list[list[tuple[int, int, float]]], list[Image.Image], list[str]]:
-    """For each unit its exemplars as (tile, place in names, activation); the tiles; the names."""
+) -> tuple[list[list[tuple[int, int, float]]], list[Image.Image], list[str], list[str]]:
+    """For each unit its exemplars as (tile, place in names, activation); the tiles; the names; what they show."""
     chosen = [list(pictures.get(unit, ())) for unit in units]
     tiles = [exemplar.image for mine in chosen for exemplar in mine]
-    names = {name: i for i, name in enumerate(dict.fromkeys(exemplar.name for mine in chosen for exemplar in mine))}
+    shows = {exemplar.name: exemplar.shows for mine in chosen for exemplar in mine}
+    names = {name: i for i, name in enumerate(shows)}
     numbers = iter(range(len(tiles)))
     drawn = [[(next(numbers), names[e.name], _short(e.activation)) for e in mine] for mine in chosen]
-    return drawn if tiles else [], tiles, list(names)
+    return drawn if tiles else [], tiles, list(names), list(shows.values())
 
 
 def _visualisations(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from viscircuits.circuit import Circuit, Unit
 from viscircuits.errors import ViscircuitsError
-from viscircuits.layout import Excerpt, excerpt
+from viscircuits.layout import Excerpt, excerpt, pattern
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +23,7 @@ FONT_SIZE = 7
 SETTINGS: Any = {"font.size": FONT_SIZE, "font.family": "sans-serif", "pdf.fonttype": 42, "svg.fonttype": "none"}
 HEAD = 0.95  # rows for the layers' names
 DOT = 0.1  # half a dot with the room around it, in rows
+DASHES: Any = {"solid": "-", "dashed": (0, (3, 1.5)), "dotted": (0, (0.8, 1.2))}
 FACE = 0.8  # share of the room between two units that a picture takes
 
 Pictures = Mapping[Unit, Any]
@@ -41,8 +42,8 @@ def plot(
 ) -> Figure:
     """A figure of the strongest units and edges: layers as columns, pictures on units.
 
-    A line is as wide as the square root of the edge's share of the attribution between its two layers; purple and
-    solid excites, orange and dashed inhibits.
+    A line is as wide as the square root of the edge's share of the attribution between its two layers; purple with an
+    arrowhead excites, orange with a bar inhibits, and a broken line is an unsure edge, as on the page.
 
     Parameters
     ----------
@@ -128,17 +129,25 @@ def _edges(ax: Axes, shown: Excerpt, place: Mapping[Unit, Place], halves: Mappin
     most = max((share for _, share in shown.edges), default=1) or 1
     for order, (edge, share) in enumerate(reversed(shown.edges)):  # the strongest on top
         (x, y), (to_x, to_y) = place[edge.source], place[edge.target]
-        x, to_x = x + halves[edge.source], to_x - halves[edge.target]
-        bend = (to_x - x) / 2
-        path = Path([(x, y), (x + bend, y), (to_x - bend, to_y), (to_x, to_y)], [1, 4, 4, 4])
+        x, to_x = x + halves[edge.source], to_x - halves[edge.target] - 0.04  # room for the end
+        bend, wide = (to_x - x) / 2, max(0.3, WIDEST * (share / most) ** 0.5)
         excites = edge.signed >= 0
+        mark = _end(to_x, to_y, 0.035 + 0.02 * wide, excites)
+        codes = [Path.MOVETO, *[Path.CURVE4] * 3, Path.MOVETO, *[Path.LINETO] * (len(mark) - 1)]
+        path = Path([(x, y), (x + bend, y), (to_x - bend, to_y), (to_x, to_y), *mark], codes)
         ax.add_patch(
             PathPatch(
                 path, facecolor="none", edgecolor=EXCITE if excites else INHIBIT, zorder=1 + order / 1e6, alpha=0.75,
-                linewidth=max(0.3, WIDEST * (share / most) ** 0.5), linestyle="-" if excites else (0, (3, 1.5)),
-                capstyle="butt",
+                linewidth=wide, linestyle=DASHES[pattern(edge.chosen)], capstyle="butt",
             )
         )  # fmt: skip
+
+
+def _end(x: float, y: float, half: float, excites: bool) -> list[Place]:
+    """An arrowhead or a bar, as on the page, so that a print in grey still tells the sign."""
+    if excites:
+        return [(x - 1.5 * half, y - half), (x, y), (x - 1.5 * half, y + half)]
+    return [(x, y - half), (x, y + half)]
 
 
 def _unit(ax: Axes, place: Place, half: float, picture: Any, index: int, scores: Mapping[int, float]) -> None:

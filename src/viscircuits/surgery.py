@@ -214,7 +214,8 @@ class Surgery:
         self.ablations = ("zero",) if reference is None else tuple(ABLATIONS)
         self.tests = dict(tests or {})
         self.looked_at = looked_at
-        self._class_of = find_labels(model, self.tests.values(), labels)
+        # where the images of the test are gone, nothing is named that labels could be for
+        self._class_of = find_labels(model, self.tests.values(), labels) if self.tests else None
         self._used = used_to_find(circuit.provenance)
         self._alone = threading.Lock()
         self._begun: OrderedDict[Probe, Prefix] = OrderedDict()

@@ -90,6 +90,19 @@ def find_labels(spec: ModelSpec, sets: Iterable[Images], labels: LabelSource | N
     return class_of
 
 
+def said_to_show(spec: ModelSpec, images: ImageSet, labels: LabelSource | None) -> dict[str, str]:
+    """The class's name for each picture, by the picture's own, that a table or its name says; others are left out."""
+    if labels is None or spec.classes is None:
+        return {}
+    named = _named(spec, images)
+    names, given = [name for name, _ in named], [label for _, label in named]
+    try:
+        found = match_labels(names, given, spec.classes, table=None if labels == "auto" else labels, partly=True)
+    except ViscircuitsError:  # a label that fits several classes names none
+        return {}
+    return {name: spec.classes[index][0] for name, index in zip(names, found.indices, strict=True) if index is not None}
+
+
 def _named(spec: ModelSpec, images: Images) -> list[tuple[str, str | None]]:
     """Names and labels of the pictures of a set; of a stream, those of its beginning."""
     if not isinstance(images, ImageSet):

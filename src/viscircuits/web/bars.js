@@ -12,6 +12,12 @@ export function signedBars(rows, write = figure, all = rows) {
     make("span", { class: "n" }, write(value)))));
 }
 
+/** A change in [−1, 1]: right of the middle for more, hatched to the left for less. */
+export function diverging(x) {
+  const size = Math.min(1, Math.abs(x)) * 50;
+  return make("span", { class: "track", "--zero": "50%" }, make("i", { class: x < 0 ? "less" : "more", "--from": `${x < 0 ? 50 - size : 50}%`, "--w": `${size}%` }));
+}
+
 /** A network's strongest answers, as bars in [0, 1]. */
 export function answerBars(answers, { label = "Answers" } = {}) {
   if (!answers?.length) return make("p", { class: "note" }, "This network names no classes.");

@@ -6,7 +6,7 @@ export const SHAPES = {
   PageData: {
     schema: "text", version: "number", title: "text", command: "text",
     layers: "list of LayerData", edges: "EdgesData", n_edges: "number",
-    sprite: "SpriteData | null", pictures: "list of list of tuple of number, number, number", names: "list of text",
+    sprite: "SpriteData | null", pictures: "list of list of tuple of number, number, number", names: "list of text", classes: "list of text",
     visualisations: "list of list of tuple of number, text", visualisation_sprite: "SpriteData | null",
     kernels: "KernelsData | null", contributions: "ContributionsData | null", probes: "ProbesData | null", comparison: "ComparisonData | null",
     sizes: "map of list of SizeData", notes: "map of NoteData", elsewhere: "map of list of text",
@@ -85,7 +85,7 @@ function lengths(data) {
   return [
     ...data.layers.flatMap((layer, i) => [perhaps(layer.scores, layer.units.length, `layers[${i}].scores`), perhaps(layer.chosen, layer.units.length, `layers[${i}].chosen`), same(layer.order, layer.units.length, `layers[${i}].order`)]),
     ...Object.keys(SHAPES.EdgesData).map((name) => same(data.edges[name], nEdges, `edges.${name}`)), ...ends,
-    perhaps(data.pictures, nUnits, "pictures"), perhaps(data.visualisations, nUnits, "visualisations"),
+    same(data.classes, data.names.length, "classes"), perhaps(data.pictures, nUnits, "pictures"), perhaps(data.visualisations, nUnits, "visualisations"),
     ...(data.comparison ? [same(data.comparison.member, nUnits, "comparison.member"), same(data.comparison.edge_member, nEdges, "comparison.edge_member")] : []),
     ...(data.probes?.probes ?? []).map((probe, i) => same(probe.activations, nUnits, `probes.probes[${i}].activations`)),
   ].filter(Boolean);

@@ -1,6 +1,7 @@
-// Finding units by what is known of them: index, layer, name, remark, the images that excite them, other circuits.
+// Finding units by what is known of them: index, layer, name, remark, the images that excite them and what these show,
+// other circuits.
 import { data, on, set, state, units } from "viscircuits/store.js";
-import { $, announce, called, face, imageOf, make, plural, shotsOf } from "viscircuits/words.js";
+import { $, announce, called, classOf, face, imageOf, make, plural, shotsOf } from "viscircuits/words.js";
 
 const LISTED = 30;
 let texts = null;  // what is known of each unit, in small letters: [what it is, the text]
@@ -8,7 +9,7 @@ let texts = null;  // what is known of each unit, in small letters: [what it is,
 function about() {
   texts ??= units.map((unit) => {
     const note = data.notes[unit.name] ?? {};
-    return [["unit", unit.name], ["unit", String(unit.index)], ["name", called(unit)], ["remark", note.text ?? ""], ...[...new Set(shotsOf(unit).map(imageOf))].map((name) => ["image", name]), ...(data.elsewhere[unit.name] ?? []).map((title) => ["also in", title])]
+    return [["unit", unit.name], ["unit", String(unit.index)], ["name", called(unit)], ["remark", note.text ?? ""], ...[...new Set(shotsOf(unit).map(imageOf))].map((name) => ["image", name]), ...[...new Set(shotsOf(unit).map(classOf))].map((name) => ["shows", name]), ...(data.elsewhere[unit.name] ?? []).map((title) => ["also in", title])]
       .filter(([, text]) => text).map(([what, text]) => [what, text, text.toLowerCase()]);
   });
   return texts;
@@ -76,7 +77,7 @@ function step(by, input, list) {
 }
 
 function rows(choose) {
-  if (!results.length) return [make("li", { class: "note", role: "presentation" }, "No unit found. Words are looked for in layers, indices, names, remarks, and the names of images.")];
+  if (!results.length) return [make("li", { class: "note", role: "presentation" }, "No unit found. Words are looked for in layers, indices, names, remarks, and the names and classes of images.")];
   const more = results.length - LISTED;
   return [...results.slice(0, LISTED).map(({ unit, why }, i) => make("li", { role: "option", id: `result${i}`, "aria-selected": "false", onclick: () => choose(unit) },
     make("span", { class: "thumb" }, face(unit, 1)), make("span", {}, make("b", {}, called(unit) || unit.name), why ? make("small", {}, `${why.what}: ${why.text}`) : called(unit) ? make("small", {}, unit.name) : null))),

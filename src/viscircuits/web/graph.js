@@ -1,6 +1,6 @@
 // The graph: units as buttons, edges on a canvas beneath them, and on a canvas above them a veil with holes for what a
 // pointer or the focus lights.
-import { activations, activationsSigned, data, edges, on, set, state, units } from "viscircuits/store.js";
+import { activations, activationsSigned, data, edges, on, operated, set, state, units } from "viscircuits/store.js";
 import { $, announce, called, count, describe, face, figure, known, make, percent, picture, plural, shotsOf, signedPercent, sum, sureness, verb } from "viscircuits/words.js";
 import { HEAD, arrange, captionOf, curve, distance, endMark } from "viscircuits/layout.js";
 import { edgeInView, inView, pathsOf, relative, shareOf } from "viscircuits/paths.js";
@@ -8,7 +8,7 @@ import { search } from "viscircuits/finding.js";
 import { isThere } from "viscircuits/probe.js";
 import { served } from "viscircuits/remote.js";
 
-const CHUNK = 2500, LEAST_LIT = 0.003, MOST_LIT = 600, STRONG = 0.02, LABELLED = 60, LABELLED_TINY = 24, NEAR = 7, VEIL = 0.84;
+const CHUNK = 2500, LEAST_LIT = 0.003, MOST_LIT = 600, STRONG = 0.02, LABELLED = 60, LABELLED_TINY = 24, NEAR = 7, VEIL = 0.84, CHANGED = 0.02;
 const root = document.documentElement, nUnits = units.length;
 const nodes = [], supers = new Map();
 let cardWaits = 0, darkWaits = 0;
@@ -36,6 +36,7 @@ export function mountGraph({ size, rows }) {
   on(["pinned", "selected"], mark);
   on(["focus", "hovered", "pinned", "edge", "panel"], light);
   on(["activations"], glow);
+  on(["operated"], markChanges);
   on(["query", "notes"], find);
   listen();
   dress();
@@ -113,6 +114,16 @@ function glow() {
     const value = activations?.[id] ?? 0;
     node.style.setProperty("--glow", activations ? Math.min(1, Math.abs(value)).toFixed(3) : "");
     node.classList.toggle("less", activations !== null && value < 0);
+  });
+}
+
+/** ▲ and ▼ at the units that do more or less in the edited network, as large as the change. */
+function markChanges() {
+  nodes.forEach((node, id) => {
+    const change = operated ? operated.after[id] - operated.before[id] : 0;
+    node.classList.toggle("rose", change >= CHANGED);
+    node.classList.toggle("fell", change <= -CHANGED);
+    node.style.setProperty("--change", Math.abs(change) >= CHANGED ? Math.min(1, Math.abs(change)).toFixed(3) : "");
   });
 }
 
@@ -366,7 +377,7 @@ function uncover(context) {
   const { size } = look, caption = captionOf(size), strongest = [...look.flows].filter(([, share]) => Math.abs(share) >= 0.005)
     .sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, size < 40 ? LABELLED_TINY : LABELLED);
   for (const end of look.ends) {
-    const { x, y } = look.geometry.seats.get(end), rim = nodeOf(end).classList.length > 1 ? 6 : 2;
+    const { x, y } = look.geometry.seats.get(end), rim = nodeOf(end).classList.length > 1 ? (size < 48 ? 3 : 6) : 2;  // no further than the gutter
     context.clearRect(x - rim, y - rim, size + 2 * rim, size + caption + rim);
   }
   context.globalAlpha = 1;
@@ -401,8 +412,8 @@ function hover(unit) {
 function unitCard(unit) {
   const shots = shotsOf(unit).slice(0, 4).map((shot) => picture(shot)), told = called(unit), sure = sureness(unit);
   return [shots.length ? make("div", { class: "shots" }, shots) : null,
-    make("p", {}, told ? make("b", { class: "called" }, told) : null, make("b", {}, unit.name), known(unit.score) ? ` score ${figure(unit.score)}` : "", shots.length || !data.sprite ? "" : ", no image excites it"),
-    sure ? make("p", {}, sure) : null, passing(unit), ends("Receives from", unit.ins, "source"), ends("Gives to", unit.outs, "target")];
+    make("p", {}, told ? make("b", { class: "called" }, told) : null, make("b", {}, unit.name), known(unit.score) ? ` score ${figure(unit.score)}` : ""),
+    sure ? make("p", {}, sure) : null, operated ? make("p", {}, "Activation ", make("b", {}, `${percent(operated.before[unit.id])} → ${percent(operated.after[unit.id])}`), " of its largest under the edit") : null, passing(unit), ends("Receives from", unit.ins, "source"), ends("Gives to", unit.outs, "target")];
 }
 
 /** How much of what the unit in focus receives or gives passes through this one. */

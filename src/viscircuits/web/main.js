@@ -1,5 +1,5 @@
 // Puts the page together: header, graph, toolbar, side panels, tables.
-import { activations, activationsSigned, data, edges, on, set, state, units } from "viscircuits/store.js";
+import { activations, activationsSigned, data, edges, on, operated, set, state, units } from "viscircuits/store.js";
 import { $, count, known, make, paintSprites, plural, sum } from "viscircuits/words.js";
 import { startSize } from "viscircuits/layout.js";
 import { goToUnit, mountGraph } from "viscircuits/graph.js";
@@ -57,8 +57,9 @@ function fillLegend() {
     [sample("excite", { end: "M26 1.5L32 6L26 10.5" }), "excites"], [sample("inhibit", { end: "M32 1V11" }), "inhibits"],
     sure ? [sample("soft"), "chosen in at least 80\u202f% of bootstrap draws"] : null, sure ? [sample("soft", { dash: "7 4" }), "in half of them"] : null, sure ? [sample("soft", { dash: "1.8 3.4" }), "in fewer; dashed frame: a unit in fewer"] : null,
     whose ? [make("i", { class: "swatch first" }), `only ${data.title}`] : null, whose ? [make("i", { class: "swatch both" }), "both"] : null, whose ? [make("i", { class: "swatch second" }), `only ${whose.title}`] : null,
-    activations && !activationsSigned ? [make("i", { class: "swatch glows" }), "brightness and rim: how strongly the probe excites the unit"] : null,
+    activations && !activationsSigned ? [make("i", { class: "swatch glows" }), `brightness and rim: how strongly the probe excites the unit${operated ? " under the edit" : ""}`] : null,
     activations && activationsSigned ? [make("i", { class: "swatch rose" }), "more on the second image"] : null, activations && activationsSigned ? [make("i", { class: "swatch fell" }), "less"] : null,
+    operated ? [make("i", { class: "swatch rose-mark" }), "more after the edit"] : null, operated ? [make("i", { class: "swatch fell-mark" }), "less"] : null,
     ["Thickness: √ of the share of the attribution between two layers; of a lit path, of what passes through it"],
     known(units[0]?.score) ? ["Bar: score within the layer"] : null,
     data.n_edges > edges.length ? [`The page holds the strongest ${count(edges.length)} of ${count(data.n_edges)} edges; circuit.json has them all.`] : null,
@@ -117,7 +118,7 @@ fillCommand();
 fillLegend();
 widen();
 on(["ablation"], fillFacts);
-on(["activations"], fillLegend);
+on(["activations", "operated"], fillLegend);
 mountSize();
 mountPanels();
 const start = startSize(data.layers, $("scroll").clientWidth, $("scroll").clientHeight);

@@ -1,13 +1,13 @@
 // Probe images: the units glow by one, or by the difference of two, and the network's answers stand beside them.
-import { data, on, set, setActivations, state, units } from "viscircuits/store.js";
+import { data, on, set, setActivations, setOperated, state, units } from "viscircuits/store.js";
 import { announce, count, make, percent, signedPercent } from "viscircuits/words.js";
 import { refill, shortName, tileOf, unitButton } from "viscircuits/pieces.js";
-import { answerBars } from "viscircuits/bars.js";
+import { answerBars, diverging } from "viscircuits/bars.js";
 import { HOW_TO_SERVE, ask, report, served } from "viscircuits/remote.js";
 
 const LISTED = 10;
 const uploaded = [];
-let element, trouble, lost, limits = {};
+let element, trouble, lost, limits = {}, after = new Map();  // probe → activations in the edited network
 
 export const panel = {
   name: "probe",
@@ -68,6 +68,20 @@ export async function network() {
   return answer;
 }
 
+/** Takes over what units do on each probe in the edited network, if there is one: from now on they glow by that. */
+export function setAfter(found) {
+  if (!found.size && !after.size) return;
+  after = found;
+  if (element) fill();
+}
+
+/** Each unit's activation on a probe before and after the edit, as shares of its largest; null without an edit. */
+export function changesOn(id) {
+  const probe = find(id);
+  if (!probe || !after.has(id)) return null;
+  return { before: units.map((unit) => share(probe.activations, unit)), after: units.map((unit) => share(after.get(id), unit)) };
+}
+
 export function portrait(id, alt = nameOfProbe(id)) {
   const probe = find(id);
   if (probe?.picture) return make("img", { class: "portrait", src: probe.picture, alt });
@@ -81,18 +95,21 @@ function fill() {
   glow(first, second);
   refill(element, make("h2", {}, first && second ? `${nameOfProbe(first.id)} against ${nameOfProbe(second.id)}` : first ? nameOfProbe(first.id) : "Probe images"),
     make("p", { class: "note" }, first && second ? "The graph shows the difference: purple units fire more on the second image, orange ones less." : first ? "The graph glows by what this image excites. Set another against it to see the difference." : "Choose an image: the units glow by how strongly it excites them."),
+    first && after.has(first.id) ? make("p", { class: "note operating" }, "Units glow by what they do in the edited network; what it answers stands under Surgery.") : null,
     served ? dropZone() : null, strip(first, second), first ? (second ? both(first, second) : one(first)) : null,
     served ? null : make("p", { class: "note empty" }, "Any other image can be tried with ", make("code", {}, HOW_TO_SERVE), "."));
 }
 
-/** The largest activation a unit has over the kept probes, or over all probes where none were kept. */
+/** The largest activation a unit has over the kept probes; where it is silent on these, or none were kept, over all that is known. */
 function most(unit) {
   const held = data.probes?.most?.[unit.id];
-  return held || Math.max(1e-12, ...probes().map((probe) => Math.abs(probe.activations[unit.id] ?? 0)));
+  return held || Math.max(1e-12, ...[...probes().map((probe) => probe.activations), ...after.values()].map((each) => Math.abs(each[unit.id] ?? 0)));
 }
-const relative = (probe, unit) => (probe.activations[unit.id] ?? 0) / most(unit);
+const share = (activations, unit) => (activations[unit.id] ?? 0) / most(unit);
+const relative = (probe, unit) => share(after.get(probe.id) ?? probe.activations, unit);
 
 function glow(first, second) {
+  setOperated(second ? null : changesOn(current()));  // with two images what changes is not told apart from how they differ
   if (!first) { setActivations(null); return; }
   setActivations(Float32Array.from(units, (unit) => (second ? relative(second, unit) - relative(first, unit) : Math.max(0, relative(first, unit)))), { signed: Boolean(second) });
 }
@@ -126,11 +143,6 @@ function both(first, second) {
     make("div", { class: "toolrow" }, make("button", { type: "button", class: "tool", "data-key": "swap", onclick: () => set({ probe: second.id, probe2: first.id }) }, "Swap")),
     make("h3", {}, "Units that differ most"), make("p", { class: "note" }, "Second − first, as a share of each unit's largest activation over the kept images."),
     differing.length ? make("ul", { class: "excited" }, differing.map((unit) => make("li", {}, unitButton(unit), diverging(change(unit)), make("span", { class: "n" }, signedPercent(change(unit)))))) : make("p", { class: "note" }, "None differs.")];
-}
-
-function diverging(x) {
-  const size = Math.min(1, Math.abs(x)) * 50;
-  return make("span", { class: "track", "--zero": "50%" }, make("i", { class: x < 0 ? "less" : "more", "--from": `${x < 0 ? 50 - size : 50}%`, "--w": `${size}%` }));
 }
 
 // ---------------------------------------------------------------- any image (served)

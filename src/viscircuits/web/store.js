@@ -83,6 +83,14 @@ export function setActivations(values, { signed = false } = {}) {
   tell(["activations"]);
 }
 
+/** What an edit did to the units on the image in view: {before, after}, shares of each unit's largest; null without one. */
+export let operated = null;
+export function setOperated(found) {
+  if (found === null && operated === null) return;
+  operated = found;
+  tell(["operated"]);
+}
+
 // ---------------------------------------------------------------- address
 
 const number = (low, high) => (text) => { const x = Number(text); return text !== "" && x >= low && x <= high ? x : undefined; };

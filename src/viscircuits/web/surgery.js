@@ -1,13 +1,13 @@
 // Surgery: units and edges are taken out of the real network, and what it then answers is shown at once.
 import { data, edges, on, set, state, units } from "viscircuits/store.js";
 import { announce, called, count, figure, known, make, percent, plural } from "viscircuits/words.js";
-import { copyButton, download, fileName, goTo, openEdge, refill, selected, thumb } from "viscircuits/pieces.js";
-import { pairedBars } from "viscircuits/bars.js";
-import { inView, nameOfProbe, network, portrait } from "viscircuits/probe.js";
+import { copyButton, download, fileName, goTo, openEdge, refill, selected, thumb, unitButton } from "viscircuits/pieces.js";
+import { diverging, pairedBars } from "viscircuits/bars.js";
+import { changesOn, inView, nameOfProbe, network, portrait, setAfter } from "viscircuits/probe.js";
 import { HOW_TO_SERVE, ask, follow, served, stop } from "viscircuits/remote.js";
 import { command, python } from "viscircuits/recipe.js";
 
-const LISTED = 8;
+const LISTED = 8, CHANGED = 0.005;
 const ABLATIONS = { zero: "zero", mean: "mean over reference images", resample: "the unit's value on another image", noise: "noise with the reference's mean and variance" };
 const past = [], future = [];
 let element, asked = {}, ablation = [state.ablation, data.evaluation?.ablation, data.provenance?.ablation].find((name) => name in ABLATIONS) ?? "mean";
@@ -23,7 +23,7 @@ export const panel = {
     element = make("div");
     place.append(element);
     on(["selected"], changed);
-    on(["probe", "probe2", "probes"], operate);
+    on(["probe", "probe2", "probes"], () => { fill(); operate(); });
     on(["notes"], fill);
     addEventListener("pagehide", () => stop("accuracy"));
     if (served) network().then(learn);
@@ -59,6 +59,7 @@ function settle(now) {
   callOff();
   [trouble, untold, exported].forEach((place) => place.replaceChildren());
   answers = null;  // what was answered to another edit
+  setAfter(new Map());
   fill();
   operate();
 }
@@ -91,6 +92,7 @@ async function operate() {
   const answer = await ask("/api/surgery", { json: { edit: edit(), probes: inView() }, topic: "surgery", into: trouble });
   if (!answer) return;
   answers = answer;
+  setAfter(new Map(answer.probes.map(({ id, activations }) => [id, activations])));
   fill();
   announce(answer.probes.map(spoken).join(" "));
 }
@@ -164,11 +166,21 @@ function chips() {
 
 function results() {
   if (!inView().length) return make("p", { class: "note empty" }, "No image to try it on: add one under Probe.");
-  if (!size(basket) || !answers) return null;
+  const seen = (answers?.probes ?? []).filter(({ id }) => inView().includes(id));
+  if (!size(basket) || !seen.length) return null;
   const { forward, all } = answers.milliseconds ?? {};
   return make("section", { class: "operated" }, make("h3", {}, "What the network answers"), make("p", { class: "note" }, make("span", { class: "swatch old" }), " before  ", make("span", { class: "swatch new" }), " after, with the change in percentage points."),
-    answers.probes.map((probe) => make("div", { class: "seen", "data-probe": probe.id }, portrait(probe.id), make("div", {}, make("h4", {}, nameOfProbe(probe.id)), pairedBars(probe.before, probe.after)))),
+    seen.map((probe) => [make("div", { class: "seen", "data-probe": probe.id }, portrait(probe.id), make("div", {}, make("h4", {}, nameOfProbe(probe.id)), pairedBars(probe.before, probe.after))), changes(probe.id)]),
     known(all) ? make("p", { class: "note" }, `Answered in ${Math.round(all)} ms${known(forward) ? `, of which the forward pass took ${Math.round(forward)} ms` : ""}.`) : null);
+}
+
+/** The units whose activation changes most on a probe: before and after, as shares of their largest. */
+function changes(id) {
+  const { before, after } = changesOn(id) ?? { before: [], after: [] }, by = (unit) => after[unit.id] - before[unit.id];
+  const some = units.filter((unit) => Math.abs(by(unit)) >= CHANGED).sort((a, b) => Math.abs(by(b)) - Math.abs(by(a)));
+  if (!some.length) return make("p", { class: "note" }, "No unit of the circuit changes its activation on it by half a percent or more.");
+  return [make("h4", {}, `Units that change most on ${nameOfProbe(id)}`), make("p", { class: "note" }, `Activation before → after, as a share of each unit's largest${some.length > LISTED ? `; ${count(some.length)} change` : ""}. ▲ and ▼ mark them in the graph.`),
+    make("ul", { class: "excited changed" }, some.slice(0, LISTED).map((unit) => make("li", {}, unitButton(unit), diverging(by(unit)), make("span", { class: "n" }, `${percent(before[unit.id])} → ${percent(after[unit.id])}`))))];
 }
 
 // ---------------------------------------------------------------- accuracy

@@ -1,6 +1,6 @@
 // The page of one unit: its pictures, what it is connected to, what is known about it. Its address is a permanent link.
 import { data, link, on, set, state, units } from "viscircuits/store.js";
-import { called, count, figure, known, make, picture, sureness } from "viscircuits/words.js";
+import { called, classOf, count, figure, imageOf, known, make, picture, sureness } from "viscircuits/words.js";
 import { copyButton, edgeRow, refill, selectButton, shortName, tileOf } from "viscircuits/pieces.js";
 import { editor } from "viscircuits/notes.js";
 import { current, nameOfProbe } from "viscircuits/probe.js";
@@ -71,10 +71,10 @@ function faces(unit) {
 
 function exemplars(unit) {
   const shots = data.pictures[unit.id] ?? [];
-  if (!shots.length) return make("p", { class: "note" }, data.sprite ? "No image excites this unit." : "This page was made without pictures.");
+  if (!shots.length) return make("p", { class: "note" }, data.sprite ? "This unit has no picture: the strongest of each layer have, where an image excites them." : "This page was made without pictures.");
   return [make("div", { class: "shots" }, shots.map((shot) => make("figure", {},
-    picture(shot, `Region of ${data.names[shot[1]]} that excites ${unit.name} to ${figure(shot[2])}`),
-    make("figcaption", { title: data.names[shot[1]] }, `${figure(shot[2])} · ${shortName(data.names[shot[1]])}`)))),
+    picture(shot, `Region of ${imageOf(shot)}${classOf(shot) ? `, ${classOf(shot)},` : ""} that excites ${unit.name} to ${figure(shot[2])}`),
+    make("figcaption", { title: [imageOf(shot), classOf(shot)].filter(Boolean).join(": ") }, `${figure(shot[2])} · ${shortName(imageOf(shot))}`)))),
   make("p", { class: "note" }, `Its ${shots.length === 1 ? "strongest region" : `${count(shots.length)} strongest regions`}, with its activation there.`)];
 }
 

@@ -46,6 +46,8 @@ export const sureness = (thing) => (known(thing.chosen) && draws ? `chosen in ${
 export const called = (unit) => data.notes[unit.name]?.name || "";
 export const shotsOf = (unit) => data.pictures[unit.id] ?? [];
 export const imageOf = (shot) => data.names[shot[1]];
+/** What an exemplar's image shows, as far as somebody said it. */
+export const classOf = (shot) => data.classes[shot[1]];
 
 /** One tile of the sprite of exemplars; its size is --t. */
 export function picture(shot, alt) { return tile(data.sprite, shot[0], "", alt); }
@@ -65,7 +67,7 @@ export function face(unit, n) {
 /** A unit in one sentence, for those who hear the page. */
 export function describe(unit) {
   const shots = shotsOf(unit), name = called(unit), sure = sureness(unit), whose = { 1: `only in ${data.title}`, 2: `only in ${data.comparison?.title}` }[unit.member];
-  const seen = shots.length ? `; excited most by a region of ${shots.map(imageOf).join(", ")}` : data.sprite ? "; no image excites it" : "";
+  const seen = shots.length ? `; excited most by a region of ${shots.map(imageOf).join(", ")}` : "";
   return `${name ? `${name}, unit` : "Unit"} ${unit.index} of ${data.layers[unit.layer].name}${known(unit.score) ? `, score ${figure(unit.score)}` : ""}${whose ? `, ${whose}` : ""}${sure ? `, ${sure}` : ""}${seen}`;
 }
 
