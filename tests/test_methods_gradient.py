@@ -314,6 +314,23 @@ def test_the_gamma_rule_by_hand():
     assert find(task, "relp", convolutions="z-plus").units["0"].tolist() == [1, 0]
 
 
+def test_the_difference_of_relevance_by_hand():
+    """Weights (3, −1): relevance is (3, −2) on the concept's image, (6, −1) and (−3, 2) on the reference's two."""
+    net = nn.Sequential(nn.Identity(), nn.Conv2d(2, 1, 1, bias=False), nn.Flatten())
+    net[1].weight.data = torch.tensor([3.0, -1.0]).reshape(1, 2, 1, 1)
+    concept, *others = (torch.tensor(each).reshape(1, 2, 1, 1) for each in ([1.0, 2.0], [2.0, 1.0], [-1.0, -2.0]))
+    task = make_task(net, ["0", "1"], concept, torch.cat(others), ablation="zero")
+    for protect, expected in ((0.0, [3, -2]), (1.0, [3 - 6 / 2, -2 - 2 / 2]), (2.0, [3 - 6, -2 - 2])):
+        assert find(task, "relp-difference", gamma=0.0, protect=protect).units["0"].tolist() == expected
+
+
+def test_the_difference_of_relevance_is_the_concepts_where_nothing_is_protected(conv_net, photographs):
+    task = make_task(conv_net, CHAIN, photographs[:3], photographs[3:], batch_size=2)
+    signed, plain = find(task, "relp-difference", protect=0.0), find(task, "relp", edges=False)
+    assert close({layer: units.abs() for layer, units in signed.units.items()}, plain.units, 1e-6)
+    assert find(task, "relp-difference").passes.forward == len(photographs) > signed.passes.forward
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.25, 3.0, math.inf])
 def test_relevance_is_conserved_from_layer_to_layer(gamma):
     task = task_of(biasless_net(), CHAIN, ablation="zero")
@@ -466,6 +483,11 @@ def test_outputs_are_the_networks_own_and_parameters_are_given_back(conv_net, vi
 def test_a_negative_gamma_is_refused():
     with pytest.raises(ViscircuitsError, match="γ must be 0 or more, got -1"):
         find(by_hand(), "relp", gamma=-1)
+
+
+def test_a_negative_weight_of_the_reference_is_refused():
+    with pytest.raises(ViscircuitsError, match=r"protect is a weight of 0 or more, got -1\.0"):
+        find(by_hand(), "relp-difference", protect=-1.0)
 
 
 # ------------------------------------------------------------------ attribution and controls

@@ -150,8 +150,8 @@ def _said_beside(of: Analysis) -> str:
     by_seed = (100 * (mine - of.selective(best)[..., -1]).mean(1)).tolist()
     return (
         f"**It is ahead of {clear} of {len(others)} others with an interval clear of 0** (as many units, unless a "
-        f"name says otherwise). The nearest is {best}: behind by {_points(others[best])} with all edges pruned "
-        f"({', '.join(f'{each:.1f}' for each in by_seed)} by seed), by {_points(areas)} on the way (area)."
+        f"name says otherwise). The best of these is {best}: anchored has {_points(others[best])} more with all "
+        f"edges pruned ({', '.join(f'{each:.1f}' for each in by_seed)} by seed), {_points(areas)} more on the way."
     )
 
 

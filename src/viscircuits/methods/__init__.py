@@ -36,6 +36,7 @@ METHODS: dict[str, Method] = {
     "eap": patching.eap,
     "eap-ig": patching.eap_ig,
     "relp": relevance.relp,
+    "relp-difference": relevance.relp_difference,
     # cross-layer attribution
     "cla": cross_layer.cla,
     "cla-difference": cross_layer.cla_difference,

@@ -15,7 +15,7 @@ ReLUs with the 0-rule throughout, this is attribution patching.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from viscircuits.errors import ViscircuitsError
+from viscircuits.layers import by_unit
 from viscircuits.methods.patching import first_order
 from viscircuits.scores.formulas import choose
-from viscircuits.task import Finding, Task, costing
+from viscircuits.task import Finding, Task, costing, observe
 
 Parts = Callable[[Tensor, float], Tensor]  # weights and a sign → weights with those of that sign favoured
 Apply = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # a linear operation: input, weight, bias → output
@@ -67,18 +68,80 @@ def relp(
     Rezaei Jafari et al. 2025, arXiv:2508.21258; Montavon et al. 2019, doi:10.1007/978-3-030-28954-6_10 (γ, z⁺);
     Ali et al. 2022, arXiv:2202.07304 (attention, layer norm); Arras et al. 2017, arXiv:1706.07206 (gates).
     """
-    if gamma < 0:
-        raise ViscircuitsError(f"γ must be 0 or more, got {gamma}; 0 is the plain gradient")
-    chosen = {
-        "convolution": choose(_parts(gamma), convolutions, "rule"),
-        "linear": choose(_parts(gamma), linear, "rule"),
-    }
+    chosen = _rules(convolutions, linear, gamma)
     options = {"convolutions": convolutions, "linear": linear, "gamma": gamma, "edges": edges, "engine": engine}
     with costing(task) as counted:
         found = first_order(
             counted, edges=edges, engine=engine, rules=lambda: propagating(counted.spec.model, **chosen)
         )
     return found.finding("relp", counted, options)
+
+
+def relp_difference(
+    task: Task,
+    *,
+    protect: float = 1.0,
+    convolutions: str = "gamma",
+    linear: str = "zero",
+    gamma: int | float = 0.25,
+) -> Finding:
+    """Relevance of each unit on the concept, less what of it is above 0 on the reference: needed here and not there.
+
+    ``mean R over the concept − protect · mean max(R, 0) over the reference``, with ``R = Σ_p (a − r) ⊙ c`` as in
+    `relp`, each image judged by its own label. Below 0 on single reference images a unit stands in the way of
+    their answers; that does not make up for what others would lose, hence the maximum.
+
+    Parameters
+    ----------
+    task
+        What to explain; its ablation is ``zero`` or ``mean``.
+    protect
+        How much the reference's relevance weighs; 0 leaves signed `relp`.
+    convolutions, linear, gamma
+        As for `relp`.
+
+    Raises
+    ------
+    ViscircuitsError
+        If a rule is unknown, or `protect` or γ is negative.
+
+    References
+    ----------
+    Ours; of `relp` all else.
+    """
+    if protect < 0:
+        raise ViscircuitsError(f"protect is a weight of 0 or more, got {protect}")
+    chosen = _rules(convolutions, linear, gamma)
+    options = {"protect": protect, "convolutions": convolutions, "linear": linear, "gamma": gamma}
+    units = {layer.address: torch.zeros(layer.n_units, dtype=torch.float64) for layer in task.layers}
+    with costing(task) as counted:
+        for which, n, weight in (("concept", len(task.concept), 1.0), ("reference", len(task.reference), -protect)):
+            for images, labels in counted.batches(which) if weight else ():
+                for layer, relevance in _of_images(counted, images, labels, chosen).items():
+                    counts = relevance if which == "concept" else relevance.clamp(min=0)
+                    units[layer] += weight / n * counts.sum(0)
+    return Finding("relp-difference", units, task.widths, {}, counted.passes, options)
+
+
+def _of_images(task: Task, images: Tensor, labels: Tensor, rules: Mapping[str, Parts | None]) -> dict[str, Tensor]:
+    """Layer → ``Σ_p (a − r) ⊙ c`` of each unit on each image."""
+    with propagating(task.spec.model, **rules):
+        seen = observe(task, images, labels)
+    found = {}
+    for layer in task.layers:
+        values = seen.values[layer.address]
+        relevance = (values - task.baseline(layer, values)) * seen.gradients[layer.address]
+        found[layer.address] = by_unit(relevance.double(), layer.unit_axis).sum(2).cpu()  # (image, unit)
+    return found
+
+
+def _rules(convolutions: str, linear: str, gamma: int | float) -> dict[str, Parts | None]:
+    if gamma < 0:
+        raise ViscircuitsError(f"γ must be 0 or more, got {gamma}; 0 is the plain gradient")
+    return {
+        "convolution": choose(_parts(gamma), convolutions, "rule"),
+        "linear": choose(_parts(gamma), linear, "rule"),
+    }
 
 
 def _parts(gamma: int | float) -> dict[str, Parts | None]:
