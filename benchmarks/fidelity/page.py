@@ -9,7 +9,7 @@ from statistics import median
 
 from fidelity.photographs import title_of
 from fidelity.plots import ALT, draw
-from fidelity.roster import AGAINST, ORACLE, RECOMMENDED
+from fidelity.roster import AGAINST, ORACLE, RECOMMENDED, REMOVER
 from fidelity.store import Entry
 from fidelity.summary import by_family, flips, of
 
@@ -49,7 +49,7 @@ def bracketed(entry: Entry | None, digits: int = 2) -> str:
 
 
 def _named(method: str) -> str:
-    return f"**`{method}`**" if method == RECOMMENDED else f"`{method}`"
+    return f"**`{method}`**" if method in (RECOMMENDED, REMOVER) else f"`{method}`"
 
 
 def _methods(entries: Iterable[Entry]) -> list[str]:
@@ -234,21 +234,21 @@ def _concepts(results: Entry) -> Iterator[tuple[str, Entry]]:
 
 
 def _differences(results: Entry) -> str:
-    """What the recommended method has over the control, concept by concept."""
+    """What the method recommended for removal has over the control, concept by concept."""
     rows = [
-        [name, *(bracketed(of(each, "after", *where, RECOMMENDED, "difference")) for where in MAIN)]
+        [name, *(bracketed(of(each, "after", *where, REMOVER, "difference")) for where in MAIN)]
         for name, each in _concepts(results)
-        if of(each, "after", *MAIN[0], RECOMMENDED, "difference")
+        if of(each, "after", *MAIN[0], REMOVER, "difference")
     ]
-    return table([f"`{RECOMMENDED}` − `{AGAINST}`", *_main_head()], rows) if rows else ""
+    return table([f"`{REMOVER}` − `{AGAINST}`", *_main_head()], rows) if rows else ""
 
 
 def _bounds(results: Entry) -> str:
-    """Selectivity of the recommended method when it is found on the photographs that test it."""
+    """Selectivity of the search found on the photographs that test it, beside what is recommended, held out."""
     rows = []
     for name, each in _concepts(results):
         if "bound" in each:
-            pairs = [(of(each["bound"], *at), of(each, "after", *at, RECOMMENDED)) for at in MAIN]
+            pairs = [(of(each["bound"], *at), of(each, "after", *at, REMOVER)) for at in MAIN]
             rows.append([name, *(" / ".join(number(of(entry, "value")) for entry in pair) for pair in pairs)])
     return table(["bound / held out", *_main_head()], rows) if rows else ""
 
@@ -285,12 +285,12 @@ def _removal_aims(results: Entry) -> list[str]:
         for source, found in sources.items():
             concepts = found["concepts"]
             for size in MAIN_SIZES:
-                mine = [of(each, "after", "mean", size, RECOMMENDED) for each in concepts.values()]
+                mine = [of(each, "after", "mean", size, REMOVER) for each in concepts.values()]
                 known = [each for each in mine if each and "difference" in each]
                 if known:
                     above = sum(each["difference"]["value"] > 0 for each in known)
                     lines.append(
-                        f"{title_of(network)}, {source}, {float(size):.0%}, mean ablation: above "
+                        f"{title_of(network)}, {source}, {float(size):.0%}, mean ablation: `{REMOVER}` above "
                         f"`{AGAINST}` for {above} of {len(known)}, with intervals that do not touch for "
                         f"{sum(each['apart'] for each in known)}."
                     )
@@ -305,7 +305,7 @@ def _flips(results: Entry) -> str:
         f"{name}, {float(size):.0%}"
         for name, each in _concepts(results)
         for size in MAIN_SIZES
-        if flips(each, RECOMMENDED, size)
+        if flips(each, REMOVER, size)
     ]
     if not turned:
         return "No verdict turns with the ablation."

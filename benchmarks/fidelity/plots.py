@@ -11,14 +11,14 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from fidelity.photographs import title_of
-from fidelity.roster import AGAINST, RECOMMENDED
+from fidelity.roster import AGAINST, RECOMMENDED, REMOVER
 from fidelity.store import Entry
 from fidelity.summary import by_family, of
 
 matplotlib.rcParams["svg.hashsalt"] = "viscircuits"  # the same run draws the same bytes
 
-DRAWN = (RECOMMENDED, AGAINST, "cla-ratio", "cla", "attribution-patching", "activation", "random")
-STYLES = ("o-", "s--", "^-.", "v:", "D-", "x--", "+:")
+DRAWN = (REMOVER, RECOMMENDED, AGAINST, "cla-ratio", "cla", "attribution-patching", "activation", "random")
+STYLES = ("o-", "p-", "s--", "^-.", "v:", "D-", "x--", "+:")
 ALT = {
     "fidelity-units": "AUROC over units for each method, a mark for each family of planted networks",
     "fidelity-cost": "mean AUROC over units against the seconds that a method took",
@@ -113,7 +113,7 @@ def _curve(axes: Any, sizes: Mapping[str, Mapping[str, Entry]]) -> None:
         entries = [of_size.get(method) for of_size in sizes.values()]
         if all(entries):
             axes.plot(at, [each["value"] for each in entries], style, color=f"C{place}", markersize=4, label=method)
-            if method in (RECOMMENDED, AGAINST):
+            if method in (REMOVER, RECOMMENDED, AGAINST):
                 ends = [[each[end] for each in entries] for end in ("low", "high")]
                 axes.fill_between(at, *ends, color=f"C{place}", alpha=0.15, linewidth=0)
     axes.axhline(0, color="0.7", linewidth=1, zorder=0)

@@ -4,8 +4,8 @@ A cell is one method on one fold of one concept in one network. Its scores are f
 asked under each), and circuits of all sizes are cut from them; each is removed under both ablations from photographs
 held out. What is kept is which of them are still answered right, so that folds can be pooled and images drawn again.
 
-The cells of the *bound* are found on the very photographs that test them. They say how far the recommended method
-could get were its circuit not to be carried over to new photographs; they are no results.
+The cells of the *bound* are found on the very photographs that test them, by the strongest search there is. They say
+how far a circuit of that size can get where it need not be carried over to new photographs; they are no results.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from viscircuits.errors import ViscircuitsError
 from viscircuits.methods import METHODS, find
 from viscircuits.task import Finding, Task
 
-RECOMMENDED, AGAINST, ORACLE = "anchored", "activation-difference", "exact"
+RECOMMENDED, REMOVER = "anchored", "relp-difference"  # for what computes something, and for what only it needs
+AGAINST, ORACLE = "activation-difference", "exact"
 OURS = ("viscircuits.methods.anchored", "viscircuits.methods.cross_layer")  # a failure here is an error
 
 
