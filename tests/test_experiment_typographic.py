@@ -10,14 +10,22 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from typer.testing import CliRunner
 
+from viscircuits.cli import app
 from viscircuits.errors import FileFormatError, ImageError, ModelError, ViscircuitsError
 from viscircuits.experiments import pictures
 from viscircuits.experiments import reader as reading
 from viscircuits.experiments.attacks import Outcome, attack, fall, tell
 from viscircuits.experiments.defences import bits, of_bits, painted
 from viscircuits.experiments.lettering import Hand, blank, nonsense, write
-from viscircuits.experiments.pictures import dealt_classes, photograph_files, read_photographs, render_photographs
+from viscircuits.experiments.pictures import (
+    dealt_classes,
+    photograph_files,
+    read_photographs,
+    render_photographs,
+    set_apart,
+)
 from viscircuits.experiments.sentences import _encoded, tokens
 from viscircuits.experiments.translations import TRANSLATIONS
 from viscircuits.experiments.typographic import typographic
@@ -66,6 +74,27 @@ def test_a_word_stays_inside_the_picture(word):
 def test_a_word_stands_where_the_hand_puts_it(place, low, high):
     rows = np.nonzero(changed(write(GREY, "bee", Hand(place=place), rng())))[0]
     assert low <= rows.mean() / 112 <= high
+
+
+def test_a_word_has_the_colours_asked_for():
+    hand = Hand(colour="red on blue", boxed=1.0)
+    found = np.asarray(write(GREY, "bee", hand, rng()))[changed(write(GREY, "bee", hand, rng()))]
+    assert (found[:, 1] == 0).all() and {(255, 0, 0), (0, 0, 255)} <= {tuple(pixel) for pixel in found.tolist()}
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ({"colour": "red"}, "'INK on PAPER' such as 'red on white'; got 'red'"),
+        ({"place": "left"}, "stands at top, middle, bottom, any; got 'left'"),
+        ({"faces": ("DejaVuSans", "Nowhere")}, "no font 'Nowhere'"),
+        ({"height": (0.2, 0.1)}, "share of the picture, from … to, such as 0.12, 0.2; got 0.2, 0.1"),
+    ],
+)
+def test_a_hand_that_cannot_write_is_refused_at_the_door(tmp_path, written, told):
+    with pytest.raises(ImageError, match=told):
+        typographic(tmp_path, quick=True, written=written)
+    assert not any(tmp_path.iterdir())
 
 
 def test_nonsense_alternates_and_is_no_class():
@@ -219,6 +248,25 @@ def test_fall_compares_each_picture_with_itself():
     assert (same.low, same.value, same.high) == (0.0, 0.0, 0.0)
 
 
+def test_each_photograph_carries_several_wrong_words_in_turn(tmp_path, short, scenes):
+    spec = reading.load_reader(reading.train_reader(*scenes, tmp_path / "r.safetensors", short))
+    one, three = (attack(spec, scenes[0], "wrong word", Hand(), 0, copies=copies) for copies in (1, 3))
+    words, shown = three.written.reshape(-1, 3), three.labels.reshape(-1, 3)
+    assert torch.equal(shown, torch.from_numpy(scenes[0].labels)[:, None].expand(-1, 3))
+    assert all(len({*row.tolist(), int(label)}) == 4 for row, label in zip(words, shown[:, 0], strict=True))
+    assert torch.equal(words[:, 0], one.written) and len(attack(spec, scenes[0], "clean", Hand(), 0, copies=3)) == 21
+    assert len(attack(spec, scenes[0], "wrong word", Hand(), 0, copies=99)) == 21 * 6  # all other classes
+
+
+def test_copies_of_a_photograph_are_no_photographs():
+    fooled = torch.tensor([1, 0, 0, 1, 0, 1, 0, 0], dtype=torch.bool)
+    once, thrice = Outcome(fooled, fooled), Outcome(*2 * (fooled.repeat_interleave(3),), 3)
+    assert thrice.success == once.success
+    none = torch.zeros(8, dtype=torch.bool)
+    assert fall(thrice, Outcome(*2 * (none.repeat_interleave(3),), 3)) == fall(once, Outcome(none, none))
+    assert of_bits(bits(thrice)).accuracy == thrice.accuracy
+
+
 def test_painting_over_leaves_the_rest_alone():
     from viscircuits.experiments.attacks import Trial
 
@@ -299,6 +347,31 @@ def test_a_reader_is_read_back_with_its_card(tmp_path, short, scenes):
     with pytest.raises(FileFormatError, match="not a reader"):
         (tmp_path / "bad.safetensors").write_bytes(b"no")
         reading.load_reader(tmp_path / "bad.safetensors")
+
+
+def test_what_is_set_apart_is_trained_on_by_none(tmp_path):
+    save_photographs(tmp_path, 10)
+    files = photograph_files(tmp_path)
+    rest, apart = set_apart(files, 0.2, seed=0)
+    for name, paths in files.items():
+        assert len(apart[name]) == 2 and sorted([*rest[name], *apart[name]]) == paths
+    assert set_apart(files, 0.2, seed=1)[1] != apart
+
+
+def test_the_command_measures_a_reader_on_photographs_set_apart(tmp_path, monkeypatch, short):
+    save_photographs(tmp_path / "data" / "train", 10, classes=("blue", "red", "ring"))
+    monkeypatch.setattr(reading, "Recipe", lambda: short)
+    out = tmp_path / "r.safetensors"
+    run = ["experiment", "train-reader", "--data", str(tmp_path / "data"), "--classes", "2", "--out", str(out)]
+    done = CliRunner().invoke(app, run)
+    assert done.exit_code == 0, done.output
+    card, spec = reading.card_of(out), reading.load_reader(out)
+    files = {name: photograph_files(tmp_path / "data", "train")[name] for name in card["classes"]}
+    apart = pictures.read_files(set_apart(files, reading.DEVELOPMENT, 0)[1])
+    assert card["photographs"] == 18 and len(apart) == card["development"]["photographs"] == 2
+    told = tell(spec, attack(spec, apart, "clean", Hand(), 0))
+    assert card["development"]["right"] == told.accuracy.value and "Apache-2.0" in card["made from"]
+    assert f"right on {100 * told.accuracy.value:.1f} %" in done.output
 
 
 @pytest.mark.weights
@@ -419,6 +492,17 @@ def test_the_strongest_word_is_chosen_anew_against_the_protected_network(quick):
     assert row[5] == anew.success and row[1] == of_bits(report.data["whole"]["strongest word"]).accuracy
 
 
+def test_an_attack_written_otherwise_is_measured_anew_on_the_same_circuits(quick, tmp_path):
+    report, out = quick
+    kept = next(out.glob("reader-*.safetensors"))
+    (tmp_path / kept.name).write_bytes(kept.read_bytes())
+    other = typographic(tmp_path, quick=True, written={"height": (0.45, 0.5), "colour": "black on white"})
+    assert other.made["written"] == "height (0.45, 0.5), colour black on white"
+    clean, wrong = ([each.data["whole"][kind] for each in (report, other)] for kind in ("clean", "wrong word"))
+    assert clean[0] == clean[1] and wrong[0] != wrong[1]
+    assert [each["choose"] for each in other.data["curves"]] == [each["choose"] for each in report.data["curves"]]
+
+
 def test_no_reader_of_ones_own_is_written_over(quick, tmp_path):
     mine = tmp_path / "reader.safetensors"
     mine.write_bytes(b"mine")
@@ -453,25 +537,28 @@ def test_a_reader_is_tested_on_photographs_set_apart(tmp_path, short, scenes):
         typographic(tmp_path / "out", data=tmp_path / "parts", model=str(reader), each=2)
 
 
-TINY = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 96, "layers": 4, "width": 32, "patch_size": 16, "head_width": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+TOWERS = {
+    "ViT-tiny": {"image_size": 96, "layers": 4, "width": 32, "patch_size": 16, "head_width": 16},
+    "RN1-tiny": {"image_size": 96, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
 }
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 
 
-def test_a_quick_run_on_photographs_asks_clip_at_its_own_size(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_quick_run_on_photographs_asks_clip_at_its_own_size(tmp_path, monkeypatch, name):
     open_clip = pytest.importorskip("open_clip")
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-tiny", TINY)
+    tiny = {"embed_dim": 16, "vision_cfg": TOWERS[name], "text_cfg": TEXT}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, tiny)
     save_photographs(tmp_path / "data", 12, classes=("blue", "red", "ring"), scale=2)
     seen = []
     room = "viscircuits.experiments.typographic"
     read = pictures.read_files
     monkeypatch.setattr(f"{room}.read_files", lambda files, side: seen.append(side) or read(files, side))
-    run = {"data": tmp_path / "data", "model": "open_clip:ViT-tiny", "weights": "none", "each": 4, "quick": True}
+    run = {"data": tmp_path / "data", "model": f"open_clip:{name}", "weights": "none", "each": 4, "quick": True}
     report = typographic(tmp_path / "out", **run)
     assert seen == [96, 96, 96]
     assert report.made["photographs"] == "6 find, 6 choose, 6 test"  # two of each class: it is quick
     assert {each["method"] for each in report.data["curves"]} == {"anchored", "activation-difference", "random"}
-    assert "text found by a probe and painted over" not in report.data["removed"]["simple"]  # tokens have no places
+    covered = "text found by a probe and painted over" in report.data["removed"]["simple"]
+    assert covered == (name == "RN1-tiny")  # tokens have no places
     assert (tmp_path / "out" / "protected.safetensors").is_file()
