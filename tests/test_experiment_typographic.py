@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
+from viscircuits.ablation import measure
+from viscircuits.circuit import Circuit
 from viscircuits.cli import app
 from viscircuits.errors import FileFormatError, ImageError, ModelError, ViscircuitsError
 from viscircuits.experiments import pictures
 from viscircuits.experiments import reader as reading
-from viscircuits.experiments.attacks import Outcome, attack, fall, tell
-from viscircuits.experiments.defences import bits, of_bits, painted
+from viscircuits.experiments.attacks import Outcome, Trial, attack, fall, tell
+from viscircuits.experiments.defences import bits, edges_everywhere, of_bits, painted
 from viscircuits.experiments.lettering import Hand, blank, nonsense, write
 from viscircuits.experiments.pictures import (
     dealt_classes,
@@ -230,8 +233,6 @@ class Bright(nn.Module):
 
 def test_an_outcome_counts_right_and_fooled():
     labels, written = torch.tensor([1, 0, 1, 0]), torch.tensor([0, 1, 0, 1])
-    from viscircuits.experiments.attacks import Trial
-
     levels = torch.tensor([1.0, 1.0, 1.0, -1.0])
     outcome = tell(as_spec(Bright().eval()), Trial(levels[:, None, None, None].expand(4, 3, 2, 2), labels, written))
     assert outcome.right.tolist() == [True, False, True, True]
@@ -268,8 +269,6 @@ def test_copies_of_a_photograph_are_no_photographs():
 
 
 def test_painting_over_leaves_the_rest_alone():
-    from viscircuits.experiments.attacks import Trial
-
     images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     where = torch.zeros(2, 4, 4, dtype=torch.bool)
     where[0, 1, 2] = True
@@ -445,6 +444,42 @@ def test_with_answers_of_their_own_the_units_that_read_are_removed_first():
         find(task, "anchored", protect=1.0, edges=False)
     found = find(task, "anchored", protect=1.0, edges=False, answers="own", sizes=(0.125, 0.375))
     assert found.circuit(3).units["units"] == (3, 4, 5)
+
+
+class SeesAndReadsTwice(nn.Module):
+    """Units 0–2 see, 3–5 read and count double; each passes on what the one before it has, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Identity(), nn.Identity()
+        self.wires, self.head = nn.Conv2d(6, 6, 1, bias=False), SeesAndReads().head
+        with torch.no_grad():
+            self.wires.weight.copy_(torch.eye(6)[:, :, None, None])
+
+    def forward(self, images):
+        read = self.second(self.wires(self.first(images.reshape(-1, 6, 1, 1)))).mean((2, 3))
+        return self.head(torch.cat([read, torch.zeros(len(read), 2)], 1))
+
+
+def test_without_the_edges_that_carry_the_word_it_is_not_read():
+    seen, words = torch.arange(12) % 3, (torch.arange(12) + 1) % 3
+    plain = torch.cat([torch.eye(3)[seen], torch.zeros(12, 3)], 1).reshape(12, 3, 2, 1)
+    written = torch.cat([torch.eye(3)[seen], torch.eye(3)[words]], 1).reshape(12, 3, 2, 1)
+    trials = {"clean": Trial(plain, seen, words), "wrong word": Trial(written, seen, words)}
+    spec, layers = as_spec(SeesAndReadsTwice().eval()), ("first", "second")
+    setting = SimpleNamespace(
+        spec=spec, layers=layers, statistics=measure(spec, plain, layers), trial=lambda kind, part: trials[kind]
+    )
+    widths = dict.fromkeys(layers, 6)
+    circuits = {name: Circuit(dict.fromkeys(layers, units), widths) for name, units in CIRCUITS.items()}
+    found = edges_everywhere(setting, circuits)
+    assert [found[name]["n"] for name in CIRCUITS] == [9, 9]
+    assert of_bits(found["reads"]["wrong word"]).success.value == 0
+    assert of_bits(found["reads"]["wrong word"]).accuracy.value == of_bits(found["reads"]["clean"]).accuracy.value == 1
+    assert of_bits(found["sees"]["wrong word"]).success.value == 1 > of_bits(found["sees"]["clean"]).accuracy.value
+
+
+CIRCUITS = {"reads": (3, 4, 5), "sees": (0, 1, 2)}
 
 
 @pytest.fixture(scope="module")

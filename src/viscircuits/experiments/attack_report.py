@@ -33,7 +33,7 @@ def report_of(data: Mapping[str, Any], made: Mapping[str, Any]) -> Report:
     whole, curves, chosen, removed = (data[name] for name in ("whole", "curves", "chosen", "removed"))
     tables = (
         _of_kinds(whole, removed["kinds"], removed["adaptive"]), _of_methods(whole, curves, chosen),
-        _of_hands(removed["hands"]), _of_defences(whole, removed), _of_edges(removed["edges"]),
+        _of_hands(removed["hands"]), _of_defences(whole, removed), _of_edges(removed["edges"]), _of_all_edges(removed),
     )  # fmt: skip
     figure = Figure(
         "What remains of the attack, and what it costs",
@@ -131,6 +131,18 @@ def _of_edges(edges: Mapping[str, Any]) -> Table:
     return Table(
         title, head, tuple(rows), f"Whole: fooled on {_percent(of_bits(edges['before']['wrong word']).success)}."
     )
+
+
+def _of_all_edges(removed: Mapping[str, Any]) -> Table:
+    clean, rows = of_bits(removed["edges"]["before"]["clean"]), []
+    for name, entry in removed["everywhere"].items():
+        attacked, after = of_bits(entry["wrong word"]), of_bits(entry["clean"])
+        rows.append((name, entry["n"], attacked.success, attacked.accuracy, fall(clean, after)))
+    head = ("edges of the circuit of", "number", "fooled", "right under attack", "clean accuracy lost")
+    return Table(
+        "Edges between all neighbouring layers pruned at once", head, tuple(rows),
+        "Between the units of a circuit of the chosen size; their values stay as they are for all other units.",
+    )  # fmt: skip
 
 
 def _plot(figure: Any, whole: Mapping[str, Entry], curves: Sequence[Entry]) -> None:

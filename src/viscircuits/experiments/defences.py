@@ -6,6 +6,8 @@ painted over; text painted over where it is known to be, which no finder can bea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +51,7 @@ def edges(setting: Setting, circuit: Circuit, scores: Any, pair: tuple[str, str]
     ordered = ranked_edges(circuit, scores, pair)
     order = torch.randperm(len(ordered), generator=torch.Generator().manual_seed(setting.seed)).tolist()
     orders = {"by score": ordered, "random order": [ordered[i] for i in order]}
-    trials = {kind: first(setting.trial(kind, "test"), EDGE_PHOTOGRAPHS) for kind in MEASURED}
+    trials = {kind: first(setting.trial(kind, "test"), EDGE_PHOTOGRAPHS) for kind in ("clean", "wrong word")}
     found: dict[str, Any] = {"source": pair[0], "target": pair[1], "n": len(ordered), "fractions": list(FRACTIONS)}
     found["before"] = {kind: bits(tell(setting.spec, trial)) for kind, trial in trials.items()}
     for name, sequence in orders.items():
@@ -58,6 +60,23 @@ def edges(setting: Setting, circuit: Circuit, scores: Any, pair: tuple[str, str]
             chosen = sequence[: round(fraction * len(sequence))]
             with prune_edges(setting.spec, chosen, "mean", reference=setting.statistics):
                 found[name].append({kind: bits(tell(setting.spec, trial)) for kind, trial in trials.items()})
+    return found
+
+
+def edges_everywhere(setting: Setting, circuits: Mapping[str, Circuit]) -> dict[str, Entry]:
+    """All edges of each circuit between neighbouring layers pruned at once: their number, and kind → outcome."""
+    trials = {kind: first(setting.trial(kind, "test"), EDGE_PHOTOGRAPHS) for kind in ("clean", "wrong word")}
+    found = {}
+    for name, circuit in circuits.items():
+        every = [
+            Edge(Unit(source, m), Unit(target, n), 0.0, 0.0)
+            for source, target in pairwise(setting.layers)
+            for n in circuit.units[target]
+            for m in circuit.units[source]
+        ]
+        with prune_edges(setting.spec, every, "mean", reference=setting.statistics):
+            told = {kind: bits(tell(setting.spec, trial)) for kind, trial in trials.items()}
+        found[name] = {"n": len(every), **told}
     return found
 
 

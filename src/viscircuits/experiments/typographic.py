@@ -348,8 +348,10 @@ class _Run:
             hands[name] = self.kept.of(f"hands/{key}/{name}", partial(self._in_hand, circuit, *hand))
         simple = self.kept.of("simple", partial(defences.simple, self.setting))
         edges = self.kept.of(f"edges/{key}", partial(self._edges, chosen["source"], circuit))
+        everywhere = self.kept.of(f"everywhere/{key}", partial(self._everywhere, chosen["size"], circuit))
         again = self.kept.of(f"adaptive/{key}", partial(self._adaptive, circuit))
-        return {"kinds": kinds, "adaptive": again, "hands": hands, "simple": simple, "edges": edges}
+        found = {"kinds": kinds, "adaptive": again, "hands": hands, "simple": simple}
+        return {**found, "edges": edges, "everywhere": everywhere}
 
     def export(self, chosen: Entry, path: Path) -> None:
         """Write the protected network."""
@@ -382,6 +384,11 @@ class _Run:
         task = self._task(source, pair)
         scores = find(task, "eap").edges[pair]
         return defences.edges(self.setting, circuit, scores, pair)
+
+    def _everywhere(self, size: float, circuit: Circuit) -> Entry:
+        """The circuit's edges between all neighbouring layers, beside those of circuits of its size."""
+        controls = {name: self.circuit(self.setting.sources[0], name, size) for name in ("activation", "random")}
+        return defences.edges_everywhere(self.setting, {"text": circuit, **controls})
 
     def _point(self, source: str, method: str, size: float) -> Entry:
         circuit = self.circuit(source, method, size)
