@@ -291,10 +291,12 @@ def scenes():
     return render_photographs(3, 0), render_photographs(3, 0, scenes=True)
 
 
-def test_a_reader_trained_in_two_goes_is_the_one_trained_in_one(tmp_path, short, scenes, monkeypatch):
+@pytest.mark.parametrize("done", [3, 4, 5])
+def test_a_reader_trained_in_two_goes_is_the_one_trained_in_one(tmp_path, short, scenes, monkeypatch, done):
     monkeypatch.setattr(reading, "KEPT_EVERY", 1)
+    short = replace(short, then=replace(short, steps=2, rate=1e-3))  # stopped in the first phase, after it, in the next
     whole = reading.train_reader(*scenes, tmp_path / "whole.safetensors", short)
-    steps = iter(range(3))
+    steps = iter(range(done))
 
     def stop(self, *args):
         if next(steps, None) is None:
@@ -306,9 +308,22 @@ def test_a_reader_trained_in_two_goes_is_the_one_trained_in_one(tmp_path, short,
         patched.setattr(reading._Learning, "step", stop)
         reading.train_reader(*scenes, tmp_path / "parts.safetensors", short)
     assert (tmp_path / "parts.safetensors.part").is_file()
+    taken = []
+    monkeypatch.setattr(reading._Learning, "step", lambda self, *args: taken.append(args) or step(self, *args))
     again = reading.train_reader(*scenes, tmp_path / "parts.safetensors", short)
-    assert again.read_bytes() == whole.read_bytes()
+    assert again.read_bytes() == whole.read_bytes() and len(taken) == 6 - done
     assert not (tmp_path / "parts.safetensors.part").exists()
+
+
+def test_a_second_phase_begins_where_the_first_ended(tmp_path, short, scenes):
+    first = reading.train_reader(*scenes, tmp_path / "first.safetensors", short)
+    still = replace(short, steps=1, rate=1e-12, head_rate=1e-12, seed=9)
+    both = reading.train_reader(*scenes, tmp_path / "both.safetensors", replace(short, then=still))
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        answers = [reading.load_reader(path).model(images) for path in (first, both)]
+    assert torch.allclose(*answers, atol=1e-3)
+    assert [phase.seed for phase in replace(short, then=still).phases] == [0, 0]
 
 
 def test_a_draft_of_other_pictures_is_not_taken_up(tmp_path, short, scenes, monkeypatch):
@@ -359,7 +374,7 @@ def test_what_is_set_apart_is_trained_on_by_none(tmp_path):
 
 def test_the_command_measures_a_reader_on_photographs_set_apart(tmp_path, monkeypatch, short):
     save_photographs(tmp_path / "data" / "train", 10, classes=("blue", "red", "ring"))
-    monkeypatch.setattr(reading, "Recipe", lambda: short)
+    monkeypatch.setattr(reading, "LARGE", short)
     out = tmp_path / "r.safetensors"
     run = ["experiment", "train-reader", "--data", str(tmp_path / "data"), "--classes", "2", "--out", str(out)]
     done = CliRunner().invoke(app, run)

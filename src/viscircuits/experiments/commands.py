@@ -227,13 +227,13 @@ def train_reader(
     ] = 30,
     seed: Seed = 0,
 ) -> None:
-    """Train the small network that sees and reads, which `typographic` attacks; some fifteen minutes of one core."""
+    """Train the small network that sees and reads, which `typographic` attacks; some twenty minutes of one core."""
     from dataclasses import replace
 
     from viscircuits.experiments.pictures import dealt_classes, photograph_files, read_files, set_apart
-    from viscircuits.experiments.reader import DEVELOPMENT, ORIGIN, Recipe, card_of, train_reader
+    from viscircuits.experiments.reader import DEVELOPMENT, LARGE, ORIGIN, card_of, train_reader
 
-    recipe = replace(Recipe(), n_classes=classes, seed=seed)
+    recipe = replace(LARGE, n_classes=classes, seed=seed)
     files = photograph_files(data, "train")
     shown, others = ({name: files[name] for name in names} for names in dealt_classes(list(files), classes, seed))
     photographs, development = (read_files(each) for each in set_apart(shown, DEVELOPMENT, seed))
