@@ -370,6 +370,10 @@ def test_what_is_set_apart_is_trained_on_by_none(tmp_path):
     for name, paths in files.items():
         assert len(apart[name]) == 2 and sorted([*rest[name], *apart[name]]) == paths
     assert set_apart(files, 0.2, seed=1)[1] != apart
+    few = {name: paths[:3] for name, paths in files.items()}
+    assert [len(paths) for paths in set_apart(few, 0.1, seed=0)[1].values()] == [1, 1]
+    with pytest.raises(ImageError, match="class 'blue' has 1 photographs"):
+        set_apart({name: paths[:1] for name, paths in files.items()}, 0.1, seed=0)
 
 
 def test_the_command_measures_a_reader_on_photographs_set_apart(tmp_path, monkeypatch, short):
@@ -386,6 +390,14 @@ def test_the_command_measures_a_reader_on_photographs_set_apart(tmp_path, monkey
     told = tell(spec, attack(spec, apart, "clean", Hand(), 0))
     assert card["development"]["right"] == told.accuracy.value and "Apache-2.0" in card["made from"]
     assert f"right on {100 * told.accuracy.value:.1f} %" in done.output
+
+
+def test_the_kept_reader_is_of_the_commands_recipe_and_keeps_what_was_asked_of_it():
+    card = reading.card_of()
+    assert card["recipe"] == reading.LARGE.digest() and len(card["classes"]) == reading.LARGE.n_classes
+    figures = card["development"]
+    assert figures["photographs"] == 750 and figures["fooled"] >= 0.4
+    assert figures["right"] - figures["right beside nonsense"] < 0.1
 
 
 @pytest.mark.weights
