@@ -86,6 +86,32 @@ def test_folders_are_a_tree_and_small_ones_are_left_out(tmp_path):
         assert not names[0] & names[1]
 
 
+def four_kinds(folder) -> None:
+    for path in ("animal/dog", "animal/cat", "car", "boat"):
+        save_images(folder / path, 8)
+
+
+def test_what_is_no_image_is_passed_over_and_a_torn_one_is_named(tmp_path):
+    four_kinds(tmp_path)
+    for stray in ("car/._0.png", "car/Thumbs.db", "note.txt", "stray.png"):
+        (tmp_path / stray).write_bytes(b"no")
+    (tmp_path / "empty").mkdir()
+    tree = open_tree(tmp_path, 9, seed=0)
+    assert [(c.key, len(c.first) + len(c.second)) for c in tree] == [
+        ("animal/cat", 8), ("animal/dog", 8), ("boat", 8), ("car", 8),
+    ]  # fmt: skip
+    (tmp_path / "car" / "3.png").write_bytes(b"torn")
+    with pytest.raises(ImageError, match=r"cannot read image '3\.png'"):
+        hierarchy(tmp_path / "out", data=tmp_path, model="trained", quick=True)
+
+
+@pytest.mark.parametrize("groups", [[], {"a": 3}, {"a": [3]}])
+def test_groups_are_lists_of_file_names(tmp_path, groups):
+    (tmp_path / "groups.json").write_text(json.dumps(groups))
+    with pytest.raises(ImageError, match="must hold the files of each group"):
+        open_tree(tmp_path, 4, seed=0)
+
+
 def test_groups_take_their_places_in_wordnet_and_share_no_photograph(tmp_path):
     names = [f"{number:03d}_x.jpg" for number in range(1000)]
     groups = {
@@ -236,7 +262,11 @@ def test_chance_of_a_backbone_is_what_random_circuits_share():
             for _ in range(5):
                 counts[layer][rng.permutation(widths[layer])[:size]] += 1
         seen.append(sum((each >= 4).sum() for each in counts.values()))
-    assert in_most_by_chance(widths, sizes, 5, 4) == pytest.approx(np.mean(seen), rel=0.05)
+    expected = in_most_by_chance(widths, sizes, 5, 4)
+    assert expected == pytest.approx(np.mean(seen), rel=0.05)
+    for n in (6, 8):  # p is that of the permutations, and too small in none of those that count
+        p = Shared(n, (n, 0, 0), 0, expected).p
+        assert p - 0.1 < np.mean(np.array(seen) >= n) < p
     assert Shared(3, (1, 1, 1), 0, 2.0).p == pytest.approx(1 - 5 * np.exp(-2))
     assert Shared(0, (0, 0, 0), 0, 2.0).p == 1
 
@@ -330,9 +360,15 @@ def test_the_most_active_others_never_come_from_the_backbone(tmp_path):
     assert sorted(run._as_active({layer: most})[layer]) == list(range(width * 3 // 4, width))
 
 
+@pytest.mark.parametrize("units", [0.5, 0.99])
+def test_circuits_of_most_units_come_to_an_end(tmp_path, units):
+    report = hierarchy(tmp_path, quick=True, units=units)
+    counts = report.data["backbone"]["counts"]["CLA"]
+    assert sum(map(sum, counts.values())) == sum(8 * int(units * len(each) + 0.5) for each in counts.values())
+
+
 def test_an_image_of_the_same_name_is_not_taken_for_another(tmp_path):
-    for path in ("animal/dog", "animal/cat", "car", "boat"):
-        save_images(tmp_path / path, 8)
+    four_kinds(tmp_path)
     before = [rooms._named(concept) for concept in open_tree(tmp_path, 4, seed=0)]
     Image.new("RGB", (20, 20), (0, 200, 0)).save(tmp_path / "car" / "0.png")
     after = [rooms._named(concept) for concept in open_tree(tmp_path, 4, seed=0)]

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
+from typer.testing import CliRunner
 
+from viscircuits.ablation import measure
+from viscircuits.circuit import Circuit
+from viscircuits.cli import app
 from viscircuits.errors import FileFormatError, ImageError, ModelError, ViscircuitsError
 from viscircuits.experiments import pictures
 from viscircuits.experiments import reader as reading
-from viscircuits.experiments.attacks import Outcome, attack, fall, tell
-from viscircuits.experiments.defences import bits, of_bits, painted
+from viscircuits.experiments.attacks import Outcome, Trial, attack, fall, tell
+from viscircuits.experiments.defences import bits, edges_everywhere, of_bits, painted
 from viscircuits.experiments.lettering import Hand, blank, nonsense, write
-from viscircuits.experiments.pictures import dealt_classes, photograph_files, read_photographs, render_photographs
+from viscircuits.experiments.pictures import (
+    dealt_classes,
+    photograph_files,
+    read_photographs,
+    render_photographs,
+    set_apart,
+)
 from viscircuits.experiments.sentences import _encoded, tokens
 from viscircuits.experiments.translations import TRANSLATIONS
 from viscircuits.experiments.typographic import typographic
@@ -66,6 +77,27 @@ def test_a_word_stays_inside_the_picture(word):
 def test_a_word_stands_where_the_hand_puts_it(place, low, high):
     rows = np.nonzero(changed(write(GREY, "bee", Hand(place=place), rng())))[0]
     assert low <= rows.mean() / 112 <= high
+
+
+def test_a_word_has_the_colours_asked_for():
+    hand = Hand(colour="red on blue", boxed=1.0)
+    found = np.asarray(write(GREY, "bee", hand, rng()))[changed(write(GREY, "bee", hand, rng()))]
+    assert (found[:, 1] == 0).all() and {(255, 0, 0), (0, 0, 255)} <= {tuple(pixel) for pixel in found.tolist()}
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ({"colour": "red"}, "'INK on PAPER' such as 'red on white'; got 'red'"),
+        ({"place": "left"}, "stands at top, middle, bottom, any; got 'left'"),
+        ({"faces": ("DejaVuSans", "Nowhere")}, "no font 'Nowhere'"),
+        ({"height": (0.2, 0.1)}, "share of the picture, from … to, such as 0.12, 0.2; got 0.2, 0.1"),
+    ],
+)
+def test_a_hand_that_cannot_write_is_refused_at_the_door(tmp_path, written, told):
+    with pytest.raises(ImageError, match=told):
+        typographic(tmp_path, quick=True, written=written)
+    assert not any(tmp_path.iterdir())
 
 
 def test_nonsense_alternates_and_is_no_class():
@@ -201,8 +233,6 @@ class Bright(nn.Module):
 
 def test_an_outcome_counts_right_and_fooled():
     labels, written = torch.tensor([1, 0, 1, 0]), torch.tensor([0, 1, 0, 1])
-    from viscircuits.experiments.attacks import Trial
-
     levels = torch.tensor([1.0, 1.0, 1.0, -1.0])
     outcome = tell(as_spec(Bright().eval()), Trial(levels[:, None, None, None].expand(4, 3, 2, 2), labels, written))
     assert outcome.right.tolist() == [True, False, True, True]
@@ -219,9 +249,26 @@ def test_fall_compares_each_picture_with_itself():
     assert (same.low, same.value, same.high) == (0.0, 0.0, 0.0)
 
 
-def test_painting_over_leaves_the_rest_alone():
-    from viscircuits.experiments.attacks import Trial
+def test_each_photograph_carries_several_wrong_words_in_turn(tmp_path, short, scenes):
+    spec = reading.load_reader(reading.train_reader(*scenes, tmp_path / "r.safetensors", short))
+    one, three = (attack(spec, scenes[0], "wrong word", Hand(), 0, copies=copies) for copies in (1, 3))
+    words, shown = three.written.reshape(-1, 3), three.labels.reshape(-1, 3)
+    assert torch.equal(shown, torch.from_numpy(scenes[0].labels)[:, None].expand(-1, 3))
+    assert all(len({*row.tolist(), int(label)}) == 4 for row, label in zip(words, shown[:, 0], strict=True))
+    assert torch.equal(words[:, 0], one.written) and len(attack(spec, scenes[0], "clean", Hand(), 0, copies=3)) == 21
+    assert len(attack(spec, scenes[0], "wrong word", Hand(), 0, copies=99)) == 21 * 6  # all other classes
 
+
+def test_copies_of_a_photograph_are_no_photographs():
+    fooled = torch.tensor([1, 0, 0, 1, 0, 1, 0, 0], dtype=torch.bool)
+    once, thrice = Outcome(fooled, fooled), Outcome(*2 * (fooled.repeat_interleave(3),), 3)
+    assert thrice.success == once.success
+    none = torch.zeros(8, dtype=torch.bool)
+    assert fall(thrice, Outcome(*2 * (none.repeat_interleave(3),), 3)) == fall(once, Outcome(none, none))
+    assert of_bits(bits(thrice)).accuracy == thrice.accuracy
+
+
+def test_painting_over_leaves_the_rest_alone():
     images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     where = torch.zeros(2, 4, 4, dtype=torch.bool)
     where[0, 1, 2] = True
@@ -244,10 +291,12 @@ def scenes():
     return render_photographs(3, 0), render_photographs(3, 0, scenes=True)
 
 
-def test_a_reader_trained_in_two_goes_is_the_one_trained_in_one(tmp_path, short, scenes, monkeypatch):
+@pytest.mark.parametrize("done", [3, 4, 5])
+def test_a_reader_trained_in_two_goes_is_the_one_trained_in_one(tmp_path, short, scenes, monkeypatch, done):
     monkeypatch.setattr(reading, "KEPT_EVERY", 1)
+    short = replace(short, then=replace(short, steps=2, rate=1e-3))  # stopped in the first phase, after it, in the next
     whole = reading.train_reader(*scenes, tmp_path / "whole.safetensors", short)
-    steps = iter(range(3))
+    steps = iter(range(done))
 
     def stop(self, *args):
         if next(steps, None) is None:
@@ -259,9 +308,22 @@ def test_a_reader_trained_in_two_goes_is_the_one_trained_in_one(tmp_path, short,
         patched.setattr(reading._Learning, "step", stop)
         reading.train_reader(*scenes, tmp_path / "parts.safetensors", short)
     assert (tmp_path / "parts.safetensors.part").is_file()
+    taken = []
+    monkeypatch.setattr(reading._Learning, "step", lambda self, *args: taken.append(args) or step(self, *args))
     again = reading.train_reader(*scenes, tmp_path / "parts.safetensors", short)
-    assert again.read_bytes() == whole.read_bytes()
+    assert again.read_bytes() == whole.read_bytes() and len(taken) == 6 - done
     assert not (tmp_path / "parts.safetensors.part").exists()
+
+
+def test_a_second_phase_begins_where_the_first_ended(tmp_path, short, scenes):
+    first = reading.train_reader(*scenes, tmp_path / "first.safetensors", short)
+    still = replace(short, steps=1, rate=1e-12, head_rate=1e-12, seed=9)
+    both = reading.train_reader(*scenes, tmp_path / "both.safetensors", replace(short, then=still))
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        answers = [reading.load_reader(path).model(images) for path in (first, both)]
+    assert torch.allclose(*answers, atol=1e-3)
+    assert [phase.seed for phase in replace(short, then=still).phases] == [0, 0]
 
 
 def test_a_draft_of_other_pictures_is_not_taken_up(tmp_path, short, scenes, monkeypatch):
@@ -299,6 +361,43 @@ def test_a_reader_is_read_back_with_its_card(tmp_path, short, scenes):
     with pytest.raises(FileFormatError, match="not a reader"):
         (tmp_path / "bad.safetensors").write_bytes(b"no")
         reading.load_reader(tmp_path / "bad.safetensors")
+
+
+def test_what_is_set_apart_is_trained_on_by_none(tmp_path):
+    save_photographs(tmp_path, 10)
+    files = photograph_files(tmp_path)
+    rest, apart = set_apart(files, 0.2, seed=0)
+    for name, paths in files.items():
+        assert len(apart[name]) == 2 and sorted([*rest[name], *apart[name]]) == paths
+    assert set_apart(files, 0.2, seed=1)[1] != apart
+    few = {name: paths[:3] for name, paths in files.items()}
+    assert [len(paths) for paths in set_apart(few, 0.1, seed=0)[1].values()] == [1, 1]
+    with pytest.raises(ImageError, match="class 'blue' has 1 photographs"):
+        set_apart({name: paths[:1] for name, paths in files.items()}, 0.1, seed=0)
+
+
+def test_the_command_measures_a_reader_on_photographs_set_apart(tmp_path, monkeypatch, short):
+    save_photographs(tmp_path / "data" / "train", 10, classes=("blue", "red", "ring"))
+    monkeypatch.setattr(reading, "LARGE", short)
+    out = tmp_path / "r.safetensors"
+    run = ["experiment", "train-reader", "--data", str(tmp_path / "data"), "--classes", "2", "--out", str(out)]
+    done = CliRunner().invoke(app, run)
+    assert done.exit_code == 0, done.output
+    card, spec = reading.card_of(out), reading.load_reader(out)
+    files = {name: photograph_files(tmp_path / "data", "train")[name] for name in card["classes"]}
+    apart = pictures.read_files(set_apart(files, reading.DEVELOPMENT, 0)[1])
+    assert card["photographs"] == 18 and len(apart) == card["development"]["photographs"] == 2
+    told = tell(spec, attack(spec, apart, "clean", Hand(), 0))
+    assert card["development"]["right"] == told.accuracy.value and "Apache-2.0" in card["made from"]
+    assert f"right on {100 * told.accuracy.value:.1f} %" in done.output
+
+
+def test_the_kept_reader_is_of_the_commands_recipe_and_keeps_what_was_asked_of_it():
+    card = reading.card_of()
+    assert card["recipe"] == reading.LARGE.digest() and len(card["classes"]) == reading.LARGE.n_classes
+    figures = card["development"]
+    assert figures["photographs"] == 750 and figures["fooled"] >= 0.4
+    assert figures["right"] - figures["right beside nonsense"] < 0.1
 
 
 @pytest.mark.weights
@@ -374,6 +473,42 @@ def test_with_answers_of_their_own_the_units_that_read_are_removed_first():
     assert found.circuit(3).units["units"] == (3, 4, 5)
 
 
+class SeesAndReadsTwice(nn.Module):
+    """Units 0–2 see, 3–5 read and count double; each passes on what the one before it has, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Identity(), nn.Identity()
+        self.wires, self.head = nn.Conv2d(6, 6, 1, bias=False), SeesAndReads().head
+        with torch.no_grad():
+            self.wires.weight.copy_(torch.eye(6)[:, :, None, None])
+
+    def forward(self, images):
+        read = self.second(self.wires(self.first(images.reshape(-1, 6, 1, 1)))).mean((2, 3))
+        return self.head(torch.cat([read, torch.zeros(len(read), 2)], 1))
+
+
+def test_without_the_edges_that_carry_the_word_it_is_not_read():
+    seen, words = torch.arange(12) % 3, (torch.arange(12) + 1) % 3
+    plain = torch.cat([torch.eye(3)[seen], torch.zeros(12, 3)], 1).reshape(12, 3, 2, 1)
+    written = torch.cat([torch.eye(3)[seen], torch.eye(3)[words]], 1).reshape(12, 3, 2, 1)
+    trials = {"clean": Trial(plain, seen, words), "wrong word": Trial(written, seen, words)}
+    spec, layers = as_spec(SeesAndReadsTwice().eval()), ("first", "second")
+    setting = SimpleNamespace(
+        spec=spec, layers=layers, statistics=measure(spec, plain, layers), trial=lambda kind, part: trials[kind]
+    )
+    widths = dict.fromkeys(layers, 6)
+    circuits = {name: Circuit(dict.fromkeys(layers, units), widths) for name, units in CIRCUITS.items()}
+    found = edges_everywhere(setting, circuits)
+    assert [found[name]["n"] for name in CIRCUITS] == [9, 9]
+    assert of_bits(found["reads"]["wrong word"]).success.value == 0
+    assert of_bits(found["reads"]["wrong word"]).accuracy.value == of_bits(found["reads"]["clean"]).accuracy.value == 1
+    assert of_bits(found["sees"]["wrong word"]).success.value == 1 > of_bits(found["sees"]["clean"]).accuracy.value
+
+
+CIRCUITS = {"reads": (3, 4, 5), "sees": (0, 1, 2)}
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("typographic")
@@ -419,6 +554,17 @@ def test_the_strongest_word_is_chosen_anew_against_the_protected_network(quick):
     assert row[5] == anew.success and row[1] == of_bits(report.data["whole"]["strongest word"]).accuracy
 
 
+def test_an_attack_written_otherwise_is_measured_anew_on_the_same_circuits(quick, tmp_path):
+    report, out = quick
+    kept = next(out.glob("reader-*.safetensors"))
+    (tmp_path / kept.name).write_bytes(kept.read_bytes())
+    other = typographic(tmp_path, quick=True, written={"height": (0.45, 0.5), "colour": "black on white"})
+    assert other.made["written"] == "height (0.45, 0.5), colour black on white"
+    clean, wrong = ([each.data["whole"][kind] for each in (report, other)] for kind in ("clean", "wrong word"))
+    assert clean[0] == clean[1] and wrong[0] != wrong[1]
+    assert [each["choose"] for each in other.data["curves"]] == [each["choose"] for each in report.data["curves"]]
+
+
 def test_no_reader_of_ones_own_is_written_over(quick, tmp_path):
     mine = tmp_path / "reader.safetensors"
     mine.write_bytes(b"mine")
@@ -453,25 +599,28 @@ def test_a_reader_is_tested_on_photographs_set_apart(tmp_path, short, scenes):
         typographic(tmp_path / "out", data=tmp_path / "parts", model=str(reader), each=2)
 
 
-TINY = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 96, "layers": 4, "width": 32, "patch_size": 16, "head_width": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+TOWERS = {
+    "ViT-tiny": {"image_size": 96, "layers": 4, "width": 32, "patch_size": 16, "head_width": 16},
+    "RN1-tiny": {"image_size": 96, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
 }
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 
 
-def test_a_quick_run_on_photographs_asks_clip_at_its_own_size(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_quick_run_on_photographs_asks_clip_at_its_own_size(tmp_path, monkeypatch, name):
     open_clip = pytest.importorskip("open_clip")
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-tiny", TINY)
+    tiny = {"embed_dim": 16, "vision_cfg": TOWERS[name], "text_cfg": TEXT}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, tiny)
     save_photographs(tmp_path / "data", 12, classes=("blue", "red", "ring"), scale=2)
     seen = []
     room = "viscircuits.experiments.typographic"
     read = pictures.read_files
     monkeypatch.setattr(f"{room}.read_files", lambda files, side: seen.append(side) or read(files, side))
-    run = {"data": tmp_path / "data", "model": "open_clip:ViT-tiny", "weights": "none", "each": 4, "quick": True}
+    run = {"data": tmp_path / "data", "model": f"open_clip:{name}", "weights": "none", "each": 4, "quick": True}
     report = typographic(tmp_path / "out", **run)
     assert seen == [96, 96, 96]
     assert report.made["photographs"] == "6 find, 6 choose, 6 test"  # two of each class: it is quick
     assert {each["method"] for each in report.data["curves"]} == {"anchored", "activation-difference", "random"}
-    assert "text found by a probe and painted over" not in report.data["removed"]["simple"]  # tokens have no places
+    covered = "text found by a probe and painted over" in report.data["removed"]["simple"]
+    assert covered == (name == "RN1-tiny")  # tokens have no places
     assert (tmp_path / "out" / "protected.safetensors").is_file()

@@ -433,3 +433,14 @@ def test_a_share_of_images_has_wilsons_interval_even_where_all_agree():
         expected = binomtest(hits, n).proportion_ci(method="wilson")
         found = metrics.share_interval(outcomes)
         assert (found.value, found.low, found.high) == pytest.approx((hits / n, expected.low, expected.high), abs=1e-6)
+
+
+def test_trials_of_an_image_count_by_what_they_add():
+    generator = torch.Generator().manual_seed(0)
+    images = (torch.rand(400, 1, generator=generator) < 0.3).double()
+    alone = metrics.share_interval(images)
+    assert metrics.share_interval(images.expand(-1, 3)) == alone  # the same three times
+    independent = (torch.rand(400, 3, generator=generator) < 0.3).double()
+    found, most = metrics.share_interval(independent), metrics.share_interval(independent.reshape(-1, 1))
+    assert found.high - found.low == pytest.approx(most.high - most.low, rel=0.06)
+    assert found.high - found.low < 0.65 * (alone.high - alone.low)

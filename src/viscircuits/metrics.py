@@ -569,20 +569,30 @@ def stability(drawn: Sequence[Circuit]) -> dict[str, Float[Tensor, " _unit"]]:
     return {layer: count / len(drawn) for layer, count in counts.items()}
 
 
-def share_interval(outcomes: Float[Tensor, " image"], level: float = 0.95) -> Interval:
+def share_interval(outcomes: Float[Tensor, "image *trial"], level: float = 0.95) -> Interval:
     """Put Wilson's interval around a share of images, for outcomes that are 0 or 1.
 
-    Unlike the bootstrap's it has a width where all outcomes agree: four of four is not certainty.
+    Unlike the bootstrap's it has a width where all outcomes agree: four of four is not certainty. Several trials of an
+    image count as many independent ones as have the spread that is seen between images: as one where they agree.
 
     References
     ----------
-    Wilson 1927, doi:10.1080/01621459.1927.10502953.
+    Wilson 1927, doi:10.1080/01621459.1927.10502953; for several trials Korn and Graubard 1998, Survey Methodology 24.
     """
-    n, share = len(outcomes), float(outcomes.mean())
+    n, share = _independent(outcomes), float(outcomes.mean())
     z = float(torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor((1 + level) / 2)))
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def _independent(outcomes: Float[Tensor, "image *trial"]) -> float:
+    """How many independent outcomes these are worth: between the number of images and that of all trials."""
+    n, share = float(len(outcomes)), float(outcomes.mean())
+    spread = float(outcomes.flatten(1).mean(1).var()) if outcomes.ndim > 1 and n > 1 else 0.0
+    if spread == 0:
+        return n
+    return min(max(share * (1 - share) * n / spread, n), float(outcomes.numel()))
 
 
 def bootstrap(

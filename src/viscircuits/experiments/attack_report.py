@@ -14,8 +14,8 @@ from viscircuits.metrics import Interval
 CONTROLS = ("activation", "weight-norm", "random")
 ANEW = "strongest word, chosen anew"
 KINDS_NOTE = (
-    "Held-out photographs and fonts; 95 % intervals. The strongest word is chosen by asking the whole network; chosen "
-    "anew, by asking the one without the circuit, as an attacker would who knows of the defence."
+    "Held-out photographs and fonts; 95 % intervals over photographs. The strongest word is chosen by asking the whole "
+    "network; chosen anew, by asking the one without the circuit, as an attacker would who knows of the defence."
 )
 DIFFERENCES = (
     "Published figures are of CLIP on ImageNet-like sets, with other words, fonts and sizes, and clean accuracy before "
@@ -33,7 +33,7 @@ def report_of(data: Mapping[str, Any], made: Mapping[str, Any]) -> Report:
     whole, curves, chosen, removed = (data[name] for name in ("whole", "curves", "chosen", "removed"))
     tables = (
         _of_kinds(whole, removed["kinds"], removed["adaptive"]), _of_methods(whole, curves, chosen),
-        _of_hands(removed["hands"]), _of_defences(whole, removed), _of_edges(removed["edges"]),
+        _of_hands(removed["hands"]), _of_defences(whole, removed), _of_edges(removed["edges"]), _of_all_edges(removed),
     )  # fmt: skip
     figure = Figure(
         "What remains of the attack, and what it costs",
@@ -50,10 +50,10 @@ def _said(whole: Mapping[str, Entry], chosen: Entry, removed: Mapping[str, Any])
     found = f"{100 * chosen['size']:g} % of each layer's units, found by {chosen['method']} from {chosen['source']}"
     return (
         f"Untouched, the network is right on {_percent(before['clean'].accuracy)} of {len(before['clean'].right)} "
-        f"held-out photographs. A word of another class fools it on {_percent(before['wrong word'].success)}, the "
-        f"strongest of several words on {_percent(before['strongest word'].success)}; a nonsense word costs "
-        f"{_points(nonsense_costs)} of accuracy.",
-        f"**Without the circuit of text** ({found}, chosen on other photographs) a word fools it on "
+        f"held-out photographs. A drawn word of another class ({before['wrong word'].copies} on each in turn) fools "
+        f"it on {_percent(before['wrong word'].success)}, the strongest of several words on "
+        f"{_percent(before['strongest word'].success)}; a nonsense word costs {_points(nonsense_costs)} of accuracy.",
+        f"**Without the circuit of text** ({found}, chosen on other photographs) a drawn word fools it on "
         f"{_percent(after['wrong word'].success)}, the strongest word, chosen by asking the network as it is now, on "
         f"{_percent(of_bits(removed['adaptive']).success)}; clean accuracy falls by {_points(clean_falls)}.",
     )
@@ -124,12 +124,25 @@ def _of_edges(edges: Mapping[str, Any]) -> Table:
         for fraction, entry in zip(edges["fractions"], edges[order], strict=True):
             after = {kind: of_bits(each) for kind, each in entry.items()}
             n = round(fraction * edges["n"])
-            rows.append((order, n, after["wrong word"].success, fall(before, after["clean"])))
-    head = ("edges pruned", "number", "fooled", "clean accuracy lost")
+            attacked = after["wrong word"]
+            rows.append((order, n, attacked.success, attacked.accuracy, fall(before, after["clean"])))
+    head = ("edges pruned", "number", "fooled", "right under attack", "clean accuracy lost")
     title = f"Edges of the circuit from {edges['source']} to {edges['target']} pruned"
     return Table(
         title, head, tuple(rows), f"Whole: fooled on {_percent(of_bits(edges['before']['wrong word']).success)}."
     )
+
+
+def _of_all_edges(removed: Mapping[str, Any]) -> Table:
+    clean, rows = of_bits(removed["edges"]["before"]["clean"]), []
+    for name, entry in removed["everywhere"].items():
+        attacked, after = of_bits(entry["wrong word"]), of_bits(entry["clean"])
+        rows.append((name, entry["n"], attacked.success, attacked.accuracy, fall(clean, after)))
+    head = ("edges of the circuit of", "number", "fooled", "right under attack", "clean accuracy lost")
+    return Table(
+        "Edges between all neighbouring layers pruned at once", head, tuple(rows),
+        "Between the units of a circuit of the chosen size; their values stay as they are for all other units.",
+    )  # fmt: skip
 
 
 def _plot(figure: Any, whole: Mapping[str, Entry], curves: Sequence[Entry]) -> None:

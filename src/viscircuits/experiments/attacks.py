@@ -1,7 +1,7 @@
 """Photographs under attack: the same ones clean, with a word of another class, and with the controls of the attack.
 
-1. ``clean``; ``wrong word``: the name of another class, drawn; ``strongest word``: of several drawn ones that which the
-   network believes most.
+1. ``clean``; ``wrong word``: the name of another class, drawn, or several of them on copies of the photograph;
+   ``strongest word``: of several drawn ones that which the network believes most.
 2. Controls: ``nonsense word``, ``other word`` (a real one that names no class), ``right word``, ``blank box``.
 3. A network is *fooled* if it answers the class whose name was written, and *right* if it answers the photograph's.
 """
@@ -17,9 +17,8 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
-from viscircuits.experiments.lettering import Hand, blank, nonsense, write
+from viscircuits.experiments.lettering import WORDS_HELD_OUT, Hand, blank, nonsense, write
 from viscircuits.experiments.pictures import Photographs, paper
-from viscircuits.experiments.reader import WORDS_HELD_OUT
 from viscircuits.hooks import evaluating, forward
 from viscircuits.metrics import Interval, bootstrap, share_interval
 from viscircuits.models import ModelSpec
@@ -34,11 +33,15 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Trial:
-    """Pictures of one kind: transformed, with the class each shows and the class written on it (−1 for none)."""
+    """Pictures of one kind: transformed, with the class each shows and the class written on it (−1 for none).
+
+    Where each photograph carries several words in turn (`copies`), its pictures follow one another.
+    """
 
     images: Float[Tensor, "image 3 height width"]
     labels: Int[Tensor, " image"]
     written: Int[Tensor, " image"]
+    copies: int = 1
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -50,16 +53,21 @@ class Outcome:
 
     right: Bool[Tensor, " image"]
     fooled: Bool[Tensor, " image"]
+    copies: int = 1
 
     @property
     def accuracy(self) -> Interval:
-        """Share of right answers, with Wilson's interval."""
-        return share_interval(self.right.double())
+        """Share of right answers; its interval counts photographs, not their copies."""
+        return share_interval(self.of_photographs(self.right))
 
     @property
     def success(self) -> Interval:
         """The attack's: share of answers that are the class written."""
-        return share_interval(self.fooled.double())
+        return share_interval(self.of_photographs(self.fooled))
+
+    def of_photographs(self, values: Bool[Tensor, " image"]) -> Float[Tensor, "photograph copy"]:
+        """A row for each photograph, of 0 and 1."""
+        return values.double().reshape(-1, self.copies)
 
 
 def attack(
@@ -70,6 +78,7 @@ def attack(
     seed: int,
     *,
     words: Sequence[str] | None = None,
+    copies: int = 1,
 ) -> Trial:
     """The photographs in one of `KINDS`; the same seed writes the same words in the same places.
 
@@ -87,34 +96,37 @@ def attack(
         Of words and places.
     words
         Other words for the classes, one each: translations, say.
+    copies
+        How many wrong words each photograph carries in turn, all different, each in a place of its own; as many as
+        there are other classes at most. Other kinds take one.
     """
     names = tuple(words) if words is not None else photographs.classes
-    rng = np.random.default_rng([seed, 1])
-    labels = photographs.labels
-    wrong = (labels + rng.integers(1, len(names), len(labels))) % len(names)
+    copies = min(copies, len(names) - 1) if kind == "wrong word" else 1
+    labels = np.repeat(photographs.labels, copies)
+    wrong = (labels + _others(len(photographs), len(names), copies, seed).ravel()) % len(names)
     if kind == "strongest word":
         wrong = _strongest(spec, photographs, hand, seed, names)
     written = wrong if kind in ("wrong word", "strongest word") else labels if kind == "right word" else None
     pictures = []
-    for place, pixels in enumerate(photographs.pixels):
+    for place, pixels in enumerate(np.repeat(photographs.pixels, copies, axis=0)):
         own = np.random.default_rng([seed, 2, place])  # the hand of a picture does not depend on the others
         picture = Image.fromarray(pixels).resize(_size(spec), Image.Resampling.BICUBIC)
         word = names[written[place]] if written is not None else _word(kind, own)
         pictures.append(_put(kind, picture, word, hand, np.random.default_rng([seed, 3, place])))
     none = np.full(len(labels), NO_WORD)
-    return _trial(spec, pictures, labels, none if written is None else written)
+    return _trial(spec, pictures, labels, none if written is None else written, copies)
 
 
 def tell(spec: ModelSpec, trial: Trial) -> Outcome:
     """What the network answers now, be it whole or within an ablation."""
     with evaluating(spec.model):
         found = answers(spec, trial.images, BATCH)
-    return Outcome(found == trial.labels, found == trial.written)
+    return Outcome(found == trial.labels, found == trial.written, trial.copies)
 
 
 def fall(before: Outcome, after: Outcome, seed: int = 0) -> Interval:
-    """How much accuracy falls, with an interval over pictures, each compared with itself."""
-    lost = before.right.double() - after.right.double()
+    """How much accuracy falls, with an interval over photographs, each compared with itself."""
+    lost = before.of_photographs(before.right).mean(1) - after.of_photographs(after.right).mean(1)
     return bootstrap(_mean, lost, generator=torch.Generator().manual_seed(seed))
 
 
@@ -137,6 +149,12 @@ def _word(kind: str, rng: np.random.Generator) -> str:
     if kind == "other word":
         return WORDS_HELD_OUT[rng.integers(len(WORDS_HELD_OUT))]
     return nonsense(rng)
+
+
+def _others(n: int, n_classes: int, copies: int, seed: int) -> Int[np.ndarray, "photograph copy"]:
+    """For each photograph how far its wrong classes are from its own: no two the same."""
+    rng = np.random.default_rng([seed, 1])
+    return 1 + np.stack([rng.permutation(n_classes - 1)[:copies] for _ in range(n)])
 
 
 def _put(kind: str, picture: Image.Image, word: str, hand: Hand, rng: np.random.Generator) -> Image.Image:
@@ -170,10 +188,12 @@ def _strongest(
     return torch.stack(tried).gather(0, best)[0].numpy()
 
 
-def _trial(spec: ModelSpec, pictures: Sequence[Image.Image], labels: np.ndarray, written: np.ndarray) -> Trial:
+def _trial(
+    spec: ModelSpec, pictures: Sequence[Image.Image], labels: np.ndarray, written: np.ndarray, copies: int = 1
+) -> Trial:
     assert spec.transform is not None  # checked at the door
     images = torch.stack([spec.transform(picture) for picture in pictures])
-    return Trial(images, torch.from_numpy(labels).long(), torch.from_numpy(np.asarray(written)).long())
+    return Trial(images, torch.from_numpy(labels).long(), torch.from_numpy(np.asarray(written)).long(), copies)
 
 
 def _size(spec: ModelSpec) -> tuple[int, int]:

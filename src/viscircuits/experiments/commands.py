@@ -78,6 +78,16 @@ def typographic(
     each: Annotated[
         int, typer.Option(help="Photographs of each class that find, as many that choose, as many that test.", min=1)
     ] = 8,
+    font: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE,…", help="Of the attack; default ones that no reader was taught.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="FROM,TO", help="Height of the attack's letters, as shares of the picture.")
+    ] = None,
+    place: Annotated[
+        str | None, typer.Option(metavar="any|top|middle|bottom", help="Where the attack stands; default any.")
+    ] = None,
+    colour: Annotated[str | None, typer.Option(metavar="any|INK on PAPER", help="Of the attack; default any.")] = None,
     seed: Seed = 0,
     quick: Quick = False,
 ) -> None:
@@ -87,9 +97,28 @@ def typographic(
     """
     from viscircuits.experiments.typographic import typographic
 
+    given = {
+        "faces": tuple(name.strip() for name in font.split(",")) if font else None,
+        "height": _shares(size) if size else None, "place": place, "colour": colour,
+    }  # fmt: skip
+    written = {name: value for name, value in given.items() if value is not None}
     finish(
-        typographic(out, data=data, model=model, weights=weights, each=each, seed=seed, quick=quick, progress=True), out
-    )
+        typographic(
+            out, data=data, model=model, weights=weights, each=each, written=written, seed=seed, quick=quick,
+            progress=True,
+        ),
+        out,
+    )  # fmt: skip
+
+
+def _shares(given: str) -> tuple[float, float]:
+    from viscircuits.errors import ViscircuitsError
+
+    try:
+        low, high = (float(each) for each in given.split(","))
+    except ValueError:
+        raise ViscircuitsError(f"--size takes two shares such as 0.12,0.2; got {given!r}") from None
+    return low, high
 
 
 Parts = Annotated[int | None, typer.Option("--parts", help="Parts drawn; default 20, or all rendered ones.", min=3)]
@@ -198,16 +227,29 @@ def train_reader(
     ] = 30,
     seed: Seed = 0,
 ) -> None:
-    """Train the small network that sees and reads, which `typographic` attacks; some twenty minutes on two cores."""
+    """Train the small network that sees and reads, which `typographic` attacks; some twenty minutes of one core."""
     from dataclasses import replace
 
-    from viscircuits.experiments.pictures import dealt_classes, photograph_files, read_files
-    from viscircuits.experiments.reader import Recipe, train_reader
+    from viscircuits.experiments.pictures import dealt_classes, photograph_files, read_files, set_apart
+    from viscircuits.experiments.reader import DEVELOPMENT, LARGE, ORIGIN, card_of, train_reader
 
-    recipe = replace(Recipe(), n_classes=classes, seed=seed)
+    recipe = replace(LARGE, n_classes=classes, seed=seed)
     files = photograph_files(data, "train")
-    photographs, scenes = (
-        read_files({name: files[name] for name in names}) for names in dealt_classes(list(files), classes, seed)
+    shown, others = ({name: files[name] for name in names} for names in dealt_classes(list(files), classes, seed))
+    photographs, development = (read_files(each) for each in set_apart(shown, DEVELOPMENT, seed))
+    path = train_reader(
+        photographs,
+        read_files(others),
+        out,
+        recipe,
+        development=development,
+        about={"data": data.name, "made from": ORIGIN},
+        progress=True,
     )
-    path = train_reader(photographs, scenes, out, recipe, about={"data": data.name}, progress=True)
+    figures = card_of(path)["development"]
     typer.echo(f"reader of {len(photographs.classes)} classes: {path}")
+    typer.echo(
+        f"of {figures['photographs']} photographs set apart it is right on {100 * figures['right']:.1f} %; a word of "
+        f"another class fools it on {100 * figures['fooled']:.1f} %; beside a nonsense word it is right on "
+        f"{100 * figures['right beside nonsense']:.1f} %"
+    )

@@ -6,6 +6,8 @@ painted over; text painted over where it is known to be, which no finder can bea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, cr
 from viscircuits.ablation import prune_edges
 from viscircuits.circuit import Circuit, Edge, Unit
 from viscircuits.experiments.attacks import BATCH, Outcome, Trial, tell
+from viscircuits.experiments.kept import Entry
 from viscircuits.hooks import evaluating, forward, record
 from viscircuits.models import seeded
 
@@ -28,17 +31,16 @@ PROBE_STEPS, HEAD_STEPS = 300, 300
 EDGE_PHOTOGRAPHS = 120
 
 
-def bits(outcome: Outcome) -> dict[str, str]:
+def bits(outcome: Outcome) -> Entry:
     """An outcome as it is kept: a digit for each picture."""
-    return {
-        name: "".join("01"[int(value)] for value in values)
-        for name, values in (("right", outcome.right), ("fooled", outcome.fooled))
-    }
+    right, fooled = ("".join("01"[int(value)] for value in values) for values in (outcome.right, outcome.fooled))
+    return {"right": right, "fooled": fooled, "copies": outcome.copies}
 
 
-def of_bits(entry: dict[str, str]) -> Outcome:
+def of_bits(entry: Entry) -> Outcome:
     """The outcome that was kept."""
-    return Outcome(*(torch.tensor([bit == "1" for bit in entry[name]]) for name in ("right", "fooled")))
+    right, fooled = (torch.tensor([bit == "1" for bit in entry[name]]) for name in ("right", "fooled"))
+    return Outcome(right, fooled, entry["copies"])
 
 
 # ------------------------------------------------------------------ edges
@@ -49,7 +51,7 @@ def edges(setting: Setting, circuit: Circuit, scores: Any, pair: tuple[str, str]
     ordered = ranked_edges(circuit, scores, pair)
     order = torch.randperm(len(ordered), generator=torch.Generator().manual_seed(setting.seed)).tolist()
     orders = {"by score": ordered, "random order": [ordered[i] for i in order]}
-    trials = {kind: first(setting.trial(kind, "test"), EDGE_PHOTOGRAPHS) for kind in MEASURED}
+    trials = {kind: first(setting.trial(kind, "test"), EDGE_PHOTOGRAPHS) for kind in ("clean", "wrong word")}
     found: dict[str, Any] = {"source": pair[0], "target": pair[1], "n": len(ordered), "fractions": list(FRACTIONS)}
     found["before"] = {kind: bits(tell(setting.spec, trial)) for kind, trial in trials.items()}
     for name, sequence in orders.items():
@@ -58,6 +60,23 @@ def edges(setting: Setting, circuit: Circuit, scores: Any, pair: tuple[str, str]
             chosen = sequence[: round(fraction * len(sequence))]
             with prune_edges(setting.spec, chosen, "mean", reference=setting.statistics):
                 found[name].append({kind: bits(tell(setting.spec, trial)) for kind, trial in trials.items()})
+    return found
+
+
+def edges_everywhere(setting: Setting, circuits: Mapping[str, Circuit]) -> dict[str, Entry]:
+    """All edges of each circuit between neighbouring layers pruned at once: their number, and kind → outcome."""
+    trials = {kind: first(setting.trial(kind, "test"), EDGE_PHOTOGRAPHS) for kind in ("clean", "wrong word")}
+    found = {}
+    for name, circuit in circuits.items():
+        every = [
+            Edge(Unit(source, m), Unit(target, n), 0.0, 0.0)
+            for source, target in pairwise(setting.layers)
+            for n in circuit.units[target]
+            for m in circuit.units[source]
+        ]
+        with prune_edges(setting.spec, every, "mean", reference=setting.statistics):
+            told = {kind: bits(tell(setting.spec, trial)) for kind, trial in trials.items()}
+        found[name] = {"n": len(every), **told}
     return found
 
 
@@ -73,18 +92,18 @@ def ranked_edges(circuit: Circuit, scores: Float[Tensor, "target source"], pair:
 
 
 def first(trial: Trial, n: int) -> Trial:
-    """`n` pictures of a trial, evenly taken."""
-    places = torch.linspace(0, len(trial) - 1, min(n, len(trial))).long()
+    """`n` photographs of a trial, evenly taken, each in its first picture."""
+    places = torch.linspace(0, len(trial) // trial.copies - 1, min(n, len(trial) // trial.copies)).long() * trial.copies
     return Trial(trial.images[places], trial.labels[places], trial.written[places])
 
 
 # ------------------------------------------------------------------ without a circuit
 
 
-def simple(setting: Setting) -> dict[str, dict[str, dict[str, str]]]:
+def simple(setting: Setting) -> dict[str, dict[str, Entry]]:
     """Each simple defence on held-out photographs: kind → outcome."""
     trials = {kind: setting.trial(kind, "test") for kind in MEASURED}
-    found: dict[str, dict[str, dict[str, str]]] = {}
+    found: dict[str, dict[str, Entry]] = {}
     head = _head(setting)
     found["head fitted on attacked photographs"] = {
         kind: bits(_told_by(head, _features(setting, trial.images), trial)) for kind, trial in trials.items()
@@ -96,7 +115,10 @@ def simple(setting: Setting) -> dict[str, dict[str, dict[str, str]]]:
         }
     plain = trials["clean"].images
     found["text painted over where it is known to be"] = {
-        kind: bits(tell(setting.spec, painted(trial, (trial.images != plain).any(1)))) for kind, trial in trials.items()
+        kind: bits(
+            tell(setting.spec, painted(trial, (trial.images != plain.repeat_interleave(trial.copies, 0)).any(1)))
+        )
+        for kind, trial in trials.items()
     }
     return found
 
@@ -140,7 +162,7 @@ def _fit(model: nn.Module, loss: Any, steps: int, decay: float) -> None:
 def _told_by(head: nn.Linear, features: Tensor, trial: Trial) -> Outcome:
     with torch.no_grad():
         found = head(features).argmax(1)
-    return Outcome(found == trial.labels, found == trial.written)
+    return Outcome(found == trial.labels, found == trial.written, trial.copies)
 
 
 class _Cover:
@@ -188,4 +210,4 @@ class _Cover:
 def painted(trial: Trial, where: Bool[Tensor, "image height width"]) -> Trial:
     """The pictures with their mean colour in some places."""
     mean = trial.images.mean((2, 3), keepdim=True)
-    return Trial(torch.where(where[:, None], mean, trial.images), trial.labels, trial.written)
+    return Trial(torch.where(where[:, None], mean, trial.images), trial.labels, trial.written, trial.copies)

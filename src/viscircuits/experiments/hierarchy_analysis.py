@@ -106,7 +106,11 @@ class Shared:
 
     @property
     def p(self) -> float:
-        """Probability of as many by chance: the tail of Poisson's distribution."""
+        """Probability of as many if each circuit's units are permuted within each layer: the tail of Poisson's law.
+
+        Permuted, each unit is in a binomial number of circuits, so nothing need be drawn. That units displace each
+        other in a circuit makes large numbers rarer still.
+        """
         if not self.n:
             return 1.0
         # summed as such, a tail of some hundred units overflows

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from viscircuits.errors import ImageError
 
@@ -29,9 +29,27 @@ FACES_TO_TRAIN = (
 )
 FACES_HELD_OUT = ("DejaVuSansMono", "DejaVuSerif-Italic", "STIXGeneral", "cmr10", "cmtt10", "cmb10")
 FACES_WITH_ACCENTS = ("DejaVuSansMono", "DejaVuSerif-Italic", "STIXGeneral")  # held out, and é, ñ, ö in them
+FACES_TO_DEVELOP = ("DejaVuSans-BoldOblique", "DejaVuSansMono-Oblique", "DejaVuSerif-BoldItalic", "STIXGeneralBolIta")
 FACES_LIKE_HANDWRITING = ("cmmi10", "STIXGeneralItalic", "cmti10")
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
 SMALLEST = 7  # pixels of a face, below which no one reads
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+OTHER_WORDS = _words("""
+house bread river guitar window bottle garden yellow winter doctor money music letter coffee paper market summer friday
+bridge castle planet engine pocket kitchen island forest candle button pencil camera mirror hammer basket carpet ladder
+wallet ticket village sister brother monday office hotel sugar butter cheese tomato potato carrot dinner silver purple
+juice number energy future history science police justice freedom peace sale open closed exit stop push pull hello
+welcome free
+""")
+WORDS_HELD_OUT = _words("""
+table flower mountain school blanket shoulder weather morning spoon curtain jacket ceiling station harbor theater
+laundry
+""")
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,21 @@ def write(picture: Image.Image, word: str, hand: Hand, rng: np.random.Generator)
             written.paste(paper, (left + across, top + down), lettering)
     written.paste(ink, (left, top), lettering)
     return written
+
+
+def check_hand(hand: Hand) -> None:
+    """Refuse a hand that cannot write.
+
+    Raises
+    ------
+    ImageError
+        If there is no such font, place or colour, or a height is no share of the picture.
+    """
+    low, high = hand.height
+    if not 0 < low <= high <= 1:
+        raise ImageError(f"a word's height is a share of the picture, from … to, such as 0.12, 0.2; got {low}, {high}")
+    for face in hand.faces:
+        write(Image.new("RGB", (64, 64)), "word", replace(hand, faces=(face,)), np.random.default_rng(0))
 
 
 def blank(picture: Image.Image, word: str, hand: Hand, rng: np.random.Generator) -> Image.Image:
@@ -151,7 +184,13 @@ def _turned(letter: str, font: ImageFont.FreeTypeFont, height: int, degrees: flo
 def _colours(colour: str, rng: np.random.Generator) -> tuple[Colour, Colour]:
     """Ink and paper, one dark and one light."""
     if colour != "any":
-        return (0, 0, 0), (255, 255, 255)
+        ink, _, ground = colour.partition(" on ")
+        try:
+            return ImageColor.getrgb(ink)[:3], ImageColor.getrgb(ground)[:3]
+        except ValueError as error:
+            raise ImageError(
+                f"a word's colour is 'any', or 'INK on PAPER' such as 'red on white'; got {colour!r}"
+            ) from error
     dark = tuple(int(value) for value in rng.integers(0, 90, 3))
     light = tuple(int(value) for value in rng.integers(170, 256, 3))
     return (dark, light) if rng.random() < 0.5 else (light, dark)  # type: ignore[return-value]

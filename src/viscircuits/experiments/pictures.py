@@ -159,6 +159,29 @@ def photograph_files(folder: str | Path, part: str | None = None) -> dict[str, l
     return found
 
 
+def set_apart(
+    files: Mapping[str, Sequence[Path]], share: float, seed: int
+) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    """The files of each class but a drawn share, one at least, and that share: what training never sees.
+
+    Raises
+    ------
+    ImageError
+        If a class would have none left.
+    """
+    rest, apart = {}, {}
+    for name, paths in files.items():
+        n = max(1, round(share * len(paths)))
+        if n >= len(paths):
+            raise ImageError(
+                f"class {name!r} has {len(paths)} photographs; training needs one and sets {n} apart: add some"
+            )
+        order = np.random.default_rng([seed, 8]).permutation(len(paths))
+        apart[name] = [paths[i] for i in sorted(order[:n])]
+        rest[name] = [paths[i] for i in sorted(order[n:])]
+    return rest, apart
+
+
 def read_files(files: Mapping[str, Sequence[Path]], side: int = 64) -> Photographs:
     """Photographs from the files of each class, cropped square and scaled to `side`.
 

@@ -183,7 +183,8 @@ def _read_groups(path: Path) -> Mapping[str, list[str]]:
         groups = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ImageError(f"cannot read {str(path)!r}: {error}") from error
-    if not isinstance(groups, dict) or not all(isinstance(names, list) for names in groups.values()):
+    lists = groups.values() if isinstance(groups, dict) else [None]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
         raise ImageError(f"{str(path)!r} must hold the files of each group: {{'dog': ['151_chihuahua.jpg', …], …}}")
     return groups
 
@@ -196,7 +197,8 @@ def _is_of(name: str, ranges: Sequence[tuple[int, int]]) -> bool:
 def _of_folders(folder: Path) -> Iterator[tuple[Place, list[Path]]]:
     for root, below, files in os.walk(folder):
         below[:] = sorted(name for name in below if not name.startswith("."))
-        images = [Path(root, name) for name in sorted(files) if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        shown = (Path(name) for name in sorted(files) if not name.startswith("."))
+        images = [Path(root, name) for name in shown if name.suffix.lower() in IMAGE_SUFFIXES]
         if images and Path(root) != folder:
             yield Path(root).relative_to(folder).parts, images
 
@@ -206,4 +208,4 @@ def _dealt(place: Place, files: Sequence[Path], each: int, seed: int) -> Concept
     order = np.random.default_rng([seed, zlib.crc32("/".join(place).encode())]).permutation(len(files))
     n = min(each, len(files) // 2)
     halves = [[files[i] for i in sorted(part)] for part in (order[:n], order[n : n + each])]
-    return Concept(place, *(open_images(half) for half in halves))
+    return Concept(place, *(open_images(half, strict=True) for half in halves))  # a torn one is named, not passed over

@@ -18,7 +18,7 @@ Goh et al. 2021, Distill; Rajaram et al. 2023, arXiv:2404.14349; Vi-CD, arXiv:26
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from viscircuits.experiments.lettering import (
     FACES_TO_TRAIN,
     FACES_WITH_ACCENTS,
     Hand,
+    check_hand,
 )
 from viscircuits.experiments.pictures import PARTS as FOLDERS
 from viscircuits.experiments.pictures import Photographs, photograph_files, read_files, render_photographs
@@ -66,6 +67,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 }
 QUICK_METHODS = ("anchored", "activation-difference", "random")
 SIZES = (0.01, 0.02, 0.05, 0.10)
+COPIES = 3  # wrong words that each photograph carries in turn where the attack is measured
 TOLERATED = 0.08  # attack success that a circuit chosen on training photographs may leave
 RENDERED_CLASSES = ("red", "blue", "ring", "curve", "stripes")
 QUICK_EACH = 2
@@ -104,7 +106,8 @@ class Setting:
         photographs = {"find": self.to_find, "choose": self.to_choose, "test": self.to_test}[part]
         hand = hand or (self.held_out if part == "test" else self.learnt)
         part_of_seed = self.seed * len(PARTS) + PARTS.index(part)  # no part shares words, places and inks with another
-        return attack(self.spec, photographs, kind, hand, part_of_seed, words=words)
+        copies = COPIES if part == "test" else 1
+        return attack(self.spec, photographs, kind, hand, part_of_seed, words=words, copies=copies)
 
 
 def typographic(
@@ -114,6 +117,7 @@ def typographic(
     model: str = "reader",
     weights: str | Path = "default",
     each: int = 8,
+    written: Mapping[str, Any] | None = None,
     seed: int = 0,
     quick: bool = False,
     progress: bool = False,
@@ -133,6 +137,9 @@ def typographic(
         For an open_clip model: ``default``, ``none`` or a file.
     each
         Held-out photographs of each class; as many find circuits, and as many choose. A quick run takes 2 at most.
+    written
+        How the attack that is measured is written, where it differs from the usual: fields of `Hand`, as in
+        ``{"place": "top", "colour": "red on white"}``.
     seed
         Of photographs, words, places and methods.
     quick
@@ -145,7 +152,8 @@ def typographic(
     ViscircuitsError
         If the data do not do, or a package is missing; it says what to do.
     """
-    out = Path(out)
+    out, written = Path(out), dict(written or {})
+    check_hand(Hand(**written))
     if data is None and (model, str(weights)) != ("reader", "default"):
         raise ViscircuitsError(
             f"{model!r} needs photographs to be asked about (--data DIR); without them a small reader is trained"
@@ -162,8 +170,14 @@ def typographic(
         "photographs": f"{len(setting.to_find)} find, {len(setting.to_choose)} choose, {len(setting.to_test)} test",
         "layers": f"{setting.layers[0]} … {setting.layers[-1]}", "ablation": "mean", "seed": seed,
     }  # fmt: skip
+    if written:
+        setting = replace(setting, held_out=replace(setting.held_out, **written))
+        made["written"] = ", ".join(f"{name} {value}" for name, value in written.items())
     methods = {name: METHODS[name] for name in setting.methods}
-    decides = {"methods": methods, "sizes": setting.sizes, "pixels": _pixels(setting), "version": 2}
+    decides = {
+        "methods": methods, "sizes": setting.sizes, "pixels": _pixels(setting), "hand": asdict(setting.held_out),
+        "version": 3,
+    }  # fmt: skip
     kept = Kept(out / "parts.jsonl", {**made, **decides})
     run = _Run(setting, kept, progress)
     curves = run.curves()
@@ -334,8 +348,10 @@ class _Run:
             hands[name] = self.kept.of(f"hands/{key}/{name}", partial(self._in_hand, circuit, *hand))
         simple = self.kept.of("simple", partial(defences.simple, self.setting))
         edges = self.kept.of(f"edges/{key}", partial(self._edges, chosen["source"], circuit))
+        everywhere = self.kept.of(f"everywhere/{key}", partial(self._everywhere, chosen["size"], circuit))
         again = self.kept.of(f"adaptive/{key}", partial(self._adaptive, circuit))
-        return {"kinds": kinds, "adaptive": again, "hands": hands, "simple": simple, "edges": edges}
+        found = {"kinds": kinds, "adaptive": again, "hands": hands, "simple": simple}
+        return {**found, "edges": edges, "everywhere": everywhere}
 
     def export(self, chosen: Entry, path: Path) -> None:
         """Write the protected network."""
@@ -368,6 +384,11 @@ class _Run:
         task = self._task(source, pair)
         scores = find(task, "eap").edges[pair]
         return defences.edges(self.setting, circuit, scores, pair)
+
+    def _everywhere(self, size: float, circuit: Circuit) -> Entry:
+        """The circuit's edges between all neighbouring layers, beside those of circuits of its size."""
+        controls = {name: self.circuit(self.setting.sources[0], name, size) for name in ("activation", "random")}
+        return defences.edges_everywhere(self.setting, {"text": circuit, **controls})
 
     def _point(self, source: str, method: str, size: float) -> Entry:
         circuit = self.circuit(source, method, size)
