@@ -16,6 +16,7 @@ from fidelity.summary import by_family, flips, of
 TEMPLATE = Path(__file__).resolve().parent.parent / "fidelity_page.md"
 MARKS = {"first": "●", "within": "○", "": ""}
 MAIN_SIZES = ("0.05", "0.1")
+REMOVERS = (REMOVER, RECOMMENDED)
 MAIN = [(ablation, size) for ablation in ("mean", "zero") for size in MAIN_SIZES]
 
 
@@ -49,7 +50,7 @@ def bracketed(entry: Entry | None, digits: int = 2) -> str:
 
 
 def _named(method: str) -> str:
-    return f"**`{method}`**" if method in (RECOMMENDED, REMOVER) else f"`{method}`"
+    return f"**`{method}`**" if method in REMOVERS else f"`{method}`"
 
 
 def _methods(entries: Iterable[Entry]) -> list[str]:
@@ -234,13 +235,17 @@ def _concepts(results: Entry) -> Iterator[tuple[str, Entry]]:
 
 
 def _differences(results: Entry) -> str:
-    """What the method recommended for removal has over the control, concept by concept."""
+    """What the methods recommended for removal have over the control, concept by concept."""
+    return "\n\n".join(found for method in REMOVERS if (found := _difference(results, method)))
+
+
+def _difference(results: Entry, method: str) -> str:
     rows = [
-        [name, *(bracketed(of(each, "after", *where, REMOVER, "difference")) for where in MAIN)]
+        [name, *(bracketed(of(each, "after", *where, method, "difference")) for where in MAIN)]
         for name, each in _concepts(results)
-        if of(each, "after", *MAIN[0], REMOVER, "difference")
+        if of(each, "after", *MAIN[0], method, "difference")
     ]
-    return table([f"`{REMOVER}` − `{AGAINST}`", *_main_head()], rows) if rows else ""
+    return table([f"`{method}` − `{AGAINST}`", *_main_head()], rows) if rows else ""
 
 
 def _bounds(results: Entry) -> str:
@@ -283,29 +288,40 @@ def _removal_aims(results: Entry) -> list[str]:
     lines = []
     for network, sources in results["removal"].items():
         for source, found in sources.items():
-            concepts = found["concepts"]
             for size in MAIN_SIZES:
-                mine = [of(each, "after", "mean", size, REMOVER) for each in concepts.values()]
-                known = [each for each in mine if each and "difference" in each]
-                if known:
-                    above = sum(each["difference"]["value"] > 0 for each in known)
+                ahead = [_ahead(found["concepts"].values(), size, method) for method in REMOVERS]
+                if any(ahead):
                     lines.append(
-                        f"{title_of(network)}, {source}, {float(size):.0%}, mean ablation: `{REMOVER}` above "
-                        f"`{AGAINST}` for {above} of {len(known)}, with intervals that do not touch for "
-                        f"{sum(each['apart'] for each in known)}."
+                        f"{title_of(network)}, {source}, {float(size):.0%}, mean ablation, above `{AGAINST}`: "
+                        f"{'; '.join(each for each in ahead if each)}."
                     )
     return lines
 
 
+def _ahead(concepts: Iterable[Entry], size: str, method: str) -> str:
+    """For how many concepts a method is above the control, and for how many beyond doubt."""
+    known = [
+        each
+        for each in (of(concept, "after", "mean", size, method) for concept in concepts)
+        if each and "difference" in each
+    ]
+    if not known:
+        return ""
+    above = sum(each["difference"]["value"] > 0 for each in known)
+    apart = sum(each["apart"] for each in known)
+    return f"`{method}` for {above} of {len(known)}, with intervals that do not touch for {apart}"
+
+
 def _flips(results: Entry) -> str:
-    """Where the verdict on the recommended method turns with the ablation."""
+    """Where the verdict on a method recommended for removal turns with the ablation."""
     if not results["removal"]:
         return ""
     turned = [
-        f"{name}, {float(size):.0%}"
+        f"`{method}`, {name}, {float(size):.0%}"
+        for method in REMOVERS
         for name, each in _concepts(results)
         for size in MAIN_SIZES
-        if flips(each, REMOVER, size)
+        if flips(each, method, size)
     ]
     if not turned:
         return "No verdict turns with the ablation."
