@@ -324,6 +324,18 @@ def test_the_difference_of_relevance_by_hand():
         assert find(task, "relp-difference", gamma=0.0, protect=protect).units["0"].tolist() == expected
 
 
+def test_each_image_is_judged_by_its_own_label():
+    """Outputs (x₀, 5 x₁): the concept's image (1, 1) is judged by the second, the reference's (2, 3) by the first."""
+    net = nn.Sequential(nn.Identity(), nn.Conv2d(2, 2, 1, bias=False), nn.Flatten())
+    net[1].weight.data = torch.tensor([[1.0, 0.0], [0.0, 5.0]]).reshape(2, 2, 1, 1)
+    concept, reference = torch.ones(1, 2, 1, 1), torch.tensor([2.0, 3.0]).reshape(1, 2, 1, 1)
+    labels = {"concept_labels": torch.tensor([1]), "reference_labels": torch.tensor([0])}
+    task = make_task(net, ["0", "1"], concept, reference, ablation="zero", **labels)
+    found = find(task, "relp-difference", gamma=0.0)
+    assert found.units["0"].tolist() == [-2, 5]
+    assert (found.passes.forward, found.passes.backward) == (2, 2)
+
+
 def test_the_difference_of_relevance_is_the_concepts_where_nothing_is_protected(conv_net, photographs):
     task = make_task(conv_net, CHAIN, photographs[:3], photographs[3:], batch_size=2)
     signed, plain = find(task, "relp-difference", protect=0.0), find(task, "relp", edges=False)
@@ -485,9 +497,10 @@ def test_a_negative_gamma_is_refused():
         find(by_hand(), "relp", gamma=-1)
 
 
-def test_a_negative_weight_of_the_reference_is_refused():
-    with pytest.raises(ViscircuitsError, match=r"protect is a weight of 0 or more, got -1\.0"):
-        find(by_hand(), "relp-difference", protect=-1.0)
+@pytest.mark.parametrize("options", [{"protect": -1.0}, {"protect": math.nan}, {"protect": math.inf}])
+def test_the_references_weight_is_a_number_from_0(options):
+    with pytest.raises(ViscircuitsError, match="protect is a weight of 0 or more"):
+        find(by_hand(), "relp-difference", **options)
 
 
 # ------------------------------------------------------------------ attribution and controls

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import inf
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def relp_difference(
     ----------
     Ours; of `relp` all else.
     """
-    if protect < 0:
+    if not 0 <= protect < inf:
         raise ViscircuitsError(f"protect is a weight of 0 or more, got {protect}")
     chosen = _rules(convolutions, linear, gamma)
     options = {"protect": protect, "convolutions": convolutions, "linear": linear, "gamma": gamma}
@@ -136,7 +137,7 @@ def _of_images(task: Task, images: Tensor, labels: Tensor, rules: Mapping[str, P
 
 
 def _rules(convolutions: str, linear: str, gamma: int | float) -> dict[str, Parts | None]:
-    if gamma < 0:
+    if not 0 <= gamma < inf:
         raise ViscircuitsError(f"γ must be 0 or more, got {gamma}; 0 is the plain gradient")
     return {
         "convolution": choose(_parts(gamma), convolutions, "rule"),
