@@ -259,6 +259,21 @@ def test_each_photograph_carries_several_wrong_words_in_turn(tmp_path, short, sc
     assert len(attack(spec, scenes[0], "wrong word", Hand(), 0, copies=99)) == 21 * 6  # all other classes
 
 
+def test_the_first_word_of_a_photograph_stands_where_it_stands_in_the_controls(tmp_path, short, scenes):
+    spec = reading.load_reader(reading.train_reader(*scenes, tmp_path / "r.safetensors", short))
+    same = ["word"] * 7  # wrong and right are written alike, so that only the hand can differ
+    kinds = {"wrong word": 3, "strongest word": 1, "right word": 1, "blank box": 1}
+    hand = Hand(boxed=1.0)
+    wrong, strongest, right, empty = (
+        attack(spec, scenes[0], kind, hand, 5, words=same, copies=copies).images for kind, copies in kinds.items()
+    )
+    assert torch.equal(wrong[::3], right) and torch.equal(strongest, right)
+    assert not any(torch.equal(wrong[copy::3], right) for copy in (1, 2))
+    plain = attack(spec, scenes[0], "clean", hand, 5).images
+    covered, marked = ((images != plain).any(1) for images in (empty, right))
+    assert all((one & other).any() for one, other in zip(covered, marked, strict=True))
+
+
 def test_copies_of_a_photograph_are_no_photographs():
     fooled = torch.tensor([1, 0, 0, 1, 0, 1, 0, 0], dtype=torch.bool)
     once, thrice = Outcome(fooled, fooled), Outcome(*2 * (fooled.repeat_interleave(3),), 3)
