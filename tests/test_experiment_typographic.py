@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,17 @@ from viscircuits.experiments import pictures
 from viscircuits.experiments import reader as reading
 from viscircuits.experiments.attacks import Outcome, Trial, attack, fall, tell
 from viscircuits.experiments.defences import bits, edges_everywhere, of_bits, painted
-from viscircuits.experiments.lettering import Hand, blank, nonsense, write
+from viscircuits.experiments.kept import Kept
+from viscircuits.experiments.lettering import (
+    FACES_HELD_OUT,
+    FACES_TO_TRAIN,
+    Hand,
+    blank,
+    font_of,
+    nonsense,
+    shared_faces,
+    write,
+)
 from viscircuits.experiments.pictures import (
     dealt_classes,
     photograph_files,
@@ -31,7 +42,7 @@ from viscircuits.experiments.pictures import (
 )
 from viscircuits.experiments.sentences import _encoded, tokens
 from viscircuits.experiments.translations import TRANSLATIONS
-from viscircuits.experiments.typographic import typographic
+from viscircuits.experiments.typographic import METHODS, SOURCES, Setting, _on, _Run, typographic
 from viscircuits.experiments.zero_shot import zero_shot
 from viscircuits.methods import find
 from viscircuits.models import as_spec, load_clip
@@ -92,6 +103,7 @@ def test_a_word_has_the_colours_asked_for():
         ({"place": "left"}, "stands at top, middle, bottom, any; got 'left'"),
         ({"faces": ("DejaVuSans", "Nowhere")}, "no font 'Nowhere'"),
         ({"height": (0.2, 0.1)}, "share of the picture, from … to, such as 0.12, 0.2; got 0.2, 0.1"),
+        ({"height": (0.001, 0.002)}, r"letters of 0.001 of 64 pixels cannot be read; .* a height of 0.11 or more"),
     ],
 )
 def test_a_hand_that_cannot_write_is_refused_at_the_door(tmp_path, written, told):
@@ -257,6 +269,30 @@ def test_each_photograph_carries_several_wrong_words_in_turn(tmp_path, short, sc
     assert all(len({*row.tolist(), int(label)}) == 4 for row, label in zip(words, shown[:, 0], strict=True))
     assert torch.equal(words[:, 0], one.written) and len(attack(spec, scenes[0], "clean", Hand(), 0, copies=3)) == 21
     assert len(attack(spec, scenes[0], "wrong word", Hand(), 0, copies=99)) == 21 * 6  # all other classes
+
+
+def test_the_first_word_of_a_photograph_stands_where_it_stands_in_the_controls(tmp_path, short, scenes):
+    spec = reading.load_reader(reading.train_reader(*scenes, tmp_path / "r.safetensors", short))
+    same = ["word"] * 7  # wrong and right are written alike, so that only the hand can differ
+    kinds = {"wrong word": 3, "strongest word": 1, "right word": 1, "blank box": 1}
+    hand = Hand(boxed=1.0)
+    wrong, strongest, right, empty = (
+        attack(spec, scenes[0], kind, hand, 5, words=same, copies=copies).images for kind, copies in kinds.items()
+    )
+    assert torch.equal(wrong[::3], right) and torch.equal(strongest, right)
+    assert not any(torch.equal(wrong[copy::3], right) for copy in (1, 2))
+    plain = attack(spec, scenes[0], "clean", hand, 5).images
+    covered, marked = ((images != plain).any(1) for images in (empty, right))
+    assert all((one & other).any() for one, other in zip(covered, marked, strict=True))
+
+
+def test_fonts_are_known_by_what_they_are_and_not_by_what_they_are_called(tmp_path):
+    taught = Hand(("DejaVuSans", "cmss10"))
+    copied = tmp_path / "mine.ttf"
+    copied.write_bytes(Path(font_of("DejaVuSans", 12).path).read_bytes())
+    assert shared_faces(Hand((str(copied), "cmr10")), taught) and shared_faces(taught, taught)
+    assert not shared_faces(Hand(FACES_HELD_OUT), Hand(FACES_TO_TRAIN))
+    assert not shared_faces(Hand(("DejaVuSans-Bold",)), taught)  # a cut of its own
 
 
 def test_copies_of_a_photograph_are_no_photographs():
@@ -558,8 +594,10 @@ def test_an_attack_written_otherwise_is_measured_anew_on_the_same_circuits(quick
     report, out = quick
     kept = next(out.glob("reader-*.safetensors"))
     (tmp_path / kept.name).write_bytes(kept.read_bytes())
-    other = typographic(tmp_path, quick=True, written={"height": (0.45, 0.5), "colour": "black on white"})
-    assert other.made["written"] == "height (0.45, 0.5), colour black on white"
+    other = typographic(tmp_path, quick=True, written={"height": (0.45, 0.5), "faces": ("DejaVuSans",)})
+    assert other.made["written"] == "height (0.45, 0.5), faces ('DejaVuSans',)"
+    assert report.tables[0].note.startswith("Held-out photographs and fonts;")
+    assert other.tables[0].note.startswith("Held-out photographs; the fonts, or some of them, are those of training;")
     clean, wrong = ([each.data["whole"][kind] for each in (report, other)] for kind in ("clean", "wrong word"))
     assert clean[0] == clean[1] and wrong[0] != wrong[1]
     assert [each["choose"] for each in other.data["curves"]] == [each["choose"] for each in report.data["curves"]]
@@ -599,6 +637,25 @@ def test_a_reader_is_tested_on_photographs_set_apart(tmp_path, short, scenes):
         typographic(tmp_path / "out", data=tmp_path / "parts", model=str(reader), each=2)
 
 
+def test_another_seed_finds_and_chooses_on_others_and_tests_on_the_same(tmp_path, short, scenes):
+    reader = reading.train_reader(*scenes, tmp_path / "r.safetensors", short)
+    for part in ("train", "val"):
+        save_photographs(tmp_path / "data" / part, 8)
+    one, other = (_on(tmp_path / "data", str(reader), "default", {}, 3, seed) for seed in (0, 1))
+    assert one.to_test.digest == other.to_test.digest
+    assert len({one.to_find.digest, other.to_find.digest, one.to_choose.digest, other.to_choose.digest}) == 4
+
+
+def test_a_control_that_looks_at_images_is_found_from_what_the_circuits_are_found_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(_Run, "_point", lambda *cell: {})
+    few = render_photographs(1, 0)
+    setting = Setting(as_spec(Bright().eval()), (), few, few, few, Hand(), Hand(), 0, sizes=(0.1,))
+    found = _Run(setting, Kept(tmp_path / "parts.jsonl", {}), False).curves()
+    sources = {name: [each["source"] for each in found if each["method"] == name] for name in METHODS}
+    assert [name for name, theirs in sources.items() if theirs != list(SOURCES)] == ["weight-norm", "random"]
+    assert sources["random"] == sources["weight-norm"] == [SOURCES[0]]
+
+
 TOWERS = {
     "ViT-tiny": {"image_size": 96, "layers": 4, "width": 32, "patch_size": 16, "head_width": 16},
     "RN1-tiny": {"image_size": 96, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
@@ -617,6 +674,9 @@ def test_a_quick_run_on_photographs_asks_clip_at_its_own_size(tmp_path, monkeypa
     read = pictures.read_files
     monkeypatch.setattr(f"{room}.read_files", lambda files, side: seen.append(side) or read(files, side))
     run = {"data": tmp_path / "data", "model": f"open_clip:{name}", "weights": "none", "each": 4, "quick": True}
+    with pytest.raises(ImageError, match=r"of 96 pixels cannot be read; .* 0.073 or more"):
+        typographic(tmp_path / "out", **run, written={"height": (0.07, 0.1)})
+    assert not seen  # refused before a photograph is read
     report = typographic(tmp_path / "out", **run)
     assert seen == [96, 96, 96]
     assert report.made["photographs"] == "6 find, 6 choose, 6 test"  # two of each class: it is quick

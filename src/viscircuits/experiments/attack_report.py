@@ -12,10 +12,19 @@ from viscircuits.experiments.report import Figure, Report, Table, draw
 from viscircuits.metrics import Interval
 
 CONTROLS = ("activation", "weight-norm", "random")
+BLIND = ("weight-norm", "random")  # look at no image, so that it does not matter what they are found from
 ANEW = "strongest word, chosen anew"
+FACES_NOTES = {
+    False: "Held-out photographs and fonts",
+    True: "Held-out photographs; the fonts, or some of them, are those of training",
+}
 KINDS_NOTE = (
-    "Held-out photographs and fonts; 95 % intervals over photographs. The strongest word is chosen by asking the whole "
+    "95 % intervals over photographs. The strongest word is chosen by asking the whole "
     "network; chosen anew, by asking the one without the circuit, as an attacker would who knows of the defence."
+)
+METHODS_NOTE = (
+    "← chosen on other photographs. The control by activation is found from what the circuits beside it are found "
+    "from; weight norm and random look at no images."
 )
 DIFFERENCES = (
     "Published figures are of CLIP on ImageNet-like sets, with other words, fonts and sizes, and clean accuracy before "
@@ -32,7 +41,7 @@ def report_of(data: Mapping[str, Any], made: Mapping[str, Any]) -> Report:
     """Tables, figure and sentences from what was measured."""
     whole, curves, chosen, removed = (data[name] for name in ("whole", "curves", "chosen", "removed"))
     tables = (
-        _of_kinds(whole, removed["kinds"], removed["adaptive"]), _of_methods(whole, curves, chosen),
+        _of_kinds(whole, removed, data["faces seen"]), _of_methods(whole, curves, chosen),
         _of_hands(removed["hands"]), _of_defences(whole, removed), _of_edges(removed["edges"]), _of_all_edges(removed),
     )  # fmt: skip
     figure = Figure(
@@ -59,15 +68,15 @@ def _said(whole: Mapping[str, Entry], chosen: Entry, removed: Mapping[str, Any])
     )
 
 
-def _of_kinds(whole: Mapping[str, Entry], after: Mapping[str, Entry], adaptive: Entry) -> Table:
+def _of_kinds(whole: Mapping[str, Entry], removed: Mapping[str, Any], faces_seen: bool) -> Table:
     rows = []
     for kind in KINDS:
-        before, then = of_bits(whole[kind]), of_bits(after[kind])
+        before, then = of_bits(whole[kind]), of_bits(removed["kinds"][kind])
         written = kind in ("wrong word", "strongest word")
         successes = (before.success, then.success) if written else (None, None)
         rows.append((kind, before.accuracy, then.accuracy, fall(before, then), *successes))
         if kind == "strongest word":
-            anew = of_bits(adaptive)
+            anew = of_bits(removed["adaptive"])
             rows.append((ANEW, before.accuracy, anew.accuracy, fall(before, anew), before.success, anew.success))
     head = (
         "photographs with",
@@ -77,7 +86,7 @@ def _of_kinds(whole: Mapping[str, Entry], after: Mapping[str, Entry], adaptive: 
         "fooled, whole",
         "fooled, without",
     )
-    return Table("The network before and after", head, tuple(rows), KINDS_NOTE)
+    return Table("The network before and after", head, tuple(rows), f"{FACES_NOTES[faces_seen]}; {KINDS_NOTE}")
 
 
 def _of_methods(whole: Mapping[str, Entry], curves: Sequence[Entry], chosen: Entry) -> Table:
@@ -86,11 +95,15 @@ def _of_methods(whole: Mapping[str, Entry], curves: Sequence[Entry], chosen: Ent
         test = {kind: of_bits(entry) for kind, entry in each["test"].items()}
         mark = " ←" if each == chosen else ""
         rows.append(
-            (f"{each['method']}{mark}", each["source"], f"{100 * each['size']:g} %", test["wrong word"].success,
+            (f"{each['method']}{mark}", _source(each), f"{100 * each['size']:g} %", test["wrong word"].success,
              test["wrong word"].accuracy, fall(clean, test["clean"]))
         )  # fmt: skip
     head = ("circuit by", "found from", "units", "fooled", "right under attack", "clean accuracy lost")
-    return Table("Circuits of every method and size", head, tuple(rows), "← chosen on other photographs.")
+    return Table("Circuits of every method and size", head, tuple(rows), METHODS_NOTE)
+
+
+def _source(each: Entry) -> str:
+    return "no images" if each["method"] in BLIND else each["source"]
 
 
 def _of_hands(hands: Mapping[str, Any]) -> Table:
@@ -159,7 +172,7 @@ def _plot(figure: Any, whole: Mapping[str, Entry], curves: Sequence[Entry]) -> N
             "marker": "os^vDx+*"[place % 8],
             "markersize": 4,
         }
-        name = group[0] if control else f"{group[0]}, {group[1].removeprefix('words ')}"
+        name = group[0] if group[0] in BLIND else f"{group[0]}, {group[1].removeprefix('words ')}"
         success.plot(x, [of_bits(each["test"]["wrong word"]).success.value for each in points], label=name, **style)
         clean.plot(x, [of_bits(each["test"]["clean"]).accuracy.value for each in points], **style)
     success.axhline(of_bits(whole["wrong word"]).success.value, color="0.6", linewidth=1)

@@ -82,6 +82,9 @@ def attack(
 ) -> Trial:
     """The photographs in one of `KINDS`; the same seed writes the same words in the same places.
 
+    What a photograph carries first has one face, height, ink and place in every kind, as far as the word's length
+    leaves it there, so that kinds differ by what is written.
+
     Parameters
     ----------
     spec
@@ -108,11 +111,12 @@ def attack(
         wrong = _strongest(spec, photographs, hand, seed, names)
     written = wrong if kind in ("wrong word", "strongest word") else labels if kind == "right word" else None
     pictures = []
-    for place, pixels in enumerate(np.repeat(photographs.pixels, copies, axis=0)):
-        own = np.random.default_rng([seed, 2, place])  # the hand of a picture does not depend on the others
-        picture = Image.fromarray(pixels).resize(_size(spec), Image.Resampling.BICUBIC)
+    for place in range(len(labels)):
+        photograph, copy = divmod(place, copies)
+        own = np.random.default_rng([seed, 2, photograph, copy])  # no picture's hand depends on the others
+        picture = Image.fromarray(photographs.pixels[photograph]).resize(_size(spec), Image.Resampling.BICUBIC)
         word = names[written[place]] if written is not None else _word(kind, own)
-        pictures.append(_put(kind, picture, word, hand, np.random.default_rng([seed, 3, place])))
+        pictures.append(_put(kind, picture, word, hand, np.random.default_rng([seed, 3, photograph, copy])))
     none = np.full(len(labels), NO_WORD)
     return _trial(spec, pictures, labels, none if written is None else written, copies)
 
@@ -175,9 +179,9 @@ def _strongest(
         pictures = [
             write(
                 Image.fromarray(pixels).resize(_size(spec), Image.Resampling.BICUBIC), names[word], hand,
-                np.random.default_rng([seed, 3, place]),
+                np.random.default_rng([seed, 3, photograph, 0]),
             )
-            for place, (pixels, word) in enumerate(zip(photographs.pixels, wrong, strict=True))
+            for photograph, (pixels, word) in enumerate(zip(photographs.pixels, wrong, strict=True))
         ]  # fmt: skip
         trial = _trial(spec, pictures, photographs.labels, wrong)
         with evaluating(spec.model), torch.no_grad():

@@ -88,7 +88,12 @@ def typographic(
         str | None, typer.Option(metavar="any|top|middle|bottom", help="Where the attack stands; default any.")
     ] = None,
     colour: Annotated[str | None, typer.Option(metavar="any|INK on PAPER", help="Of the attack; default any.")] = None,
-    seed: Seed = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Of every random choice. It does not change what tests: the first of val/CLASS.", min=0, max=2**63 - 1
+        ),
+    ] = 0,
     quick: Quick = False,
 ) -> None:
     """Prune the circuit of text from a network that reads: what remains of an attack by a word, and at what cost.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,30 @@ def check_hand(hand: Hand) -> None:
     if not 0 < low <= high <= 1:
         raise ImageError(f"a word's height is a share of the picture, from … to, such as 0.12, 0.2; got {low}, {high}")
     for face in hand.faces:
-        write(Image.new("RGB", (64, 64)), "word", replace(hand, faces=(face,)), np.random.default_rng(0))
+        shown = replace(hand, faces=(face,), height=(0.2, 0.2))
+        write(Image.new("RGB", (64, 64)), "word", shown, np.random.default_rng(0))
+
+
+def check_legible(hand: Hand, side: int) -> None:
+    """Refuse letters that no one could read in a picture of `side` pixels.
+
+    Raises
+    ------
+    ImageError
+        If the lowest line has fewer than `SMALLEST` pixels.
+    """
+    low = hand.height[0]
+    if low * side < SMALLEST:
+        raise ImageError(
+            f"letters of {low:g} of {side} pixels cannot be read; with this network take a height of "
+            f"{ceil(1000 * SMALLEST / side) / 1000:g} or more (--size FROM,TO)"
+        )
+
+
+def shared_faces(one: Hand, other: Hand) -> bool:
+    """Whether two hands have a face in common, by the names that the font files themselves give."""
+    names, others = ({font_of(face, SMALLEST).getname() for face in hand.faces} for hand in (one, other))
+    return not names.isdisjoint(others)
 
 
 def blank(picture: Image.Image, word: str, hand: Hand, rng: np.random.Generator) -> Image.Image:

@@ -33,7 +33,7 @@ from viscircuits.circuit import Circuit
 from viscircuits.editing import edit
 from viscircuits.errors import ViscircuitsError
 from viscircuits.experiments import defences
-from viscircuits.experiments.attack_report import CONTROLS, report_of
+from viscircuits.experiments.attack_report import BLIND, CONTROLS, report_of
 from viscircuits.experiments.attacks import KINDS, Trial, attack, tell, words_on_paper
 from viscircuits.experiments.defences import bits, of_bits
 from viscircuits.experiments.kept import Entry, Kept, digest_of
@@ -44,10 +44,12 @@ from viscircuits.experiments.lettering import (
     FACES_WITH_ACCENTS,
     Hand,
     check_hand,
+    check_legible,
+    shared_faces,
 )
 from viscircuits.experiments.pictures import PARTS as FOLDERS
 from viscircuits.experiments.pictures import Photographs, photograph_files, read_files, render_photographs
-from viscircuits.experiments.reader import SMALL, card_of, load_reader, train_reader
+from viscircuits.experiments.reader import SIDES, SMALL, card_of, load_reader, train_reader
 from viscircuits.experiments.report import Report
 from viscircuits.experiments.translations import TRANSLATIONS
 from viscircuits.experiments.zero_shot import zero_shot
@@ -141,7 +143,8 @@ def typographic(
         How the attack that is measured is written, where it differs from the usual: fields of `Hand`, as in
         ``{"place": "top", "colour": "red on white"}``.
     seed
-        Of photographs, words, places and methods.
+        Of the photographs that find and choose, of words, places and methods. Those that test are the first `each` of
+        every class in ``val`` whatever the seed; only where CLIP has no ``val`` are they drawn as the others are.
     quick
         A small run that shows that everything works.
     progress
@@ -159,10 +162,10 @@ def typographic(
             f"{model!r} needs photographs to be asked about (--data DIR); without them a small reader is trained"
         )
     if data is None:
-        setting = _rendered(out, seed, quick, progress)
+        setting = _rendered(out, written, seed, quick, progress)
     else:
         _check_model(model, weights)
-        setting = _on(data, model, weights, min(each, QUICK_EACH) if quick else each, seed)
+        setting = _on(data, model, weights, written, min(each, QUICK_EACH) if quick else each, seed)
     if quick:
         setting = replace(setting, methods=QUICK_METHODS, sizes=(0.05, 0.1), sources=SOURCES[1:])
     made = {
@@ -171,18 +174,20 @@ def typographic(
         "layers": f"{setting.layers[0]} … {setting.layers[-1]}", "ablation": "mean", "seed": seed,
     }  # fmt: skip
     if written:
-        setting = replace(setting, held_out=replace(setting.held_out, **written))
         made["written"] = ", ".join(f"{name} {value}" for name, value in written.items())
     methods = {name: METHODS[name] for name in setting.methods}
     decides = {
         "methods": methods, "sizes": setting.sizes, "pixels": _pixels(setting), "hand": asdict(setting.held_out),
-        "version": 3,
+        "version": 4,
     }  # fmt: skip
     kept = Kept(out / "parts.jsonl", {**made, **decides})
     run = _Run(setting, kept, progress)
     curves = run.curves()
     chosen = _choice(curves)
-    measured = {"whole": run.whole(), "curves": curves, "chosen": chosen, "removed": run.removed(chosen)}
+    measured = {
+        "whole": run.whole(), "curves": curves, "chosen": chosen, "removed": run.removed(chosen),
+        "faces seen": shared_faces(setting.held_out, setting.learnt),
+    }  # fmt: skip
     run.export(chosen, out / "protected.safetensors")
     return report_of(measured, made)
 
@@ -190,9 +195,11 @@ def typographic(
 # ------------------------------------------------------------------ setting
 
 
-def _rendered(out: Path, seed: int, quick: bool, progress: bool) -> Setting:
+def _rendered(out: Path, written: Mapping[str, Any], seed: int, quick: bool, progress: bool) -> Setting:
     """A small reader trained on rendered scenes, where no data are given."""
     recipe = replace(SMALL, seed=seed, steps=60 if quick else SMALL.steps)
+    held_out = replace(recipe.hand, **{"faces": FACES_HELD_OUT, **written})
+    check_legible(held_out, SIDES[recipe.architecture])
     n = 12 if quick else 60
     each = 60 if quick else 200
     name = digest_of({**recipe.digest(), "each": each})  # no reader of the user's own has this name
@@ -202,7 +209,6 @@ def _rendered(out: Path, seed: int, quick: bool, progress: bool) -> Setting:
         train_reader(_rendered_classes(each, seed), scenes, path, recipe, progress=progress)
     spec = load_reader(path)
     first, second, third = (_rendered_classes(n, seed + 1000 * (place + 1)) for place in range(3))
-    held_out = replace(recipe.hand, faces=FACES_HELD_OUT)
     return Setting(spec, tuple(spec.layers or ()), first, second, third, recipe.hand, held_out, seed)
 
 
@@ -223,7 +229,7 @@ def _check_model(model: str, weights: str | Path) -> None:
         )
 
 
-def _on(data: str | Path, model: str, weights: str | Path, each: int, seed: int) -> Setting:
+def _on(data: str | Path, model: str, weights: str | Path, written: Mapping[str, Any], each: int, seed: int) -> Setting:
     """Photographs of a folder, for the reader or for CLIP. All is checked before a photograph is read."""
     clip = model.startswith("open_clip:")
     path = None if clip or model == "reader" else model
@@ -236,12 +242,13 @@ def _on(data: str | Path, model: str, weights: str | Path, each: int, seed: int)
     if not layers:
         raise ViscircuitsError(f"{spec.address} has no default layers; only models with known layers can be used here")
     assert spec.input_size is not None  # readers and CLIP have one
-    side = max(spec.input_size)
-    held_out = _drawn(train, each, seed, 2) if own else {name: files[:each] for name, files in test.items()}
-    parts = (_drawn(train, each, seed, 0), _drawn(train, each, seed, 1), held_out)
+    side, held_out = max(spec.input_size), Hand(**{"faces": FACES_HELD_OUT, **written})
+    check_legible(held_out, min(spec.input_size))
+    tested = _drawn(train, each, seed, 2) if own else {name: files[:each] for name, files in test.items()}
+    parts = (_drawn(train, each, seed, 0), _drawn(train, each, seed, 1), tested)
     first, second, third = (read_files(part, side) for part in parts)
     late = layers[len(layers) // 4 :]
-    return Setting(spec, late, first, second, third, Hand(FACES_TO_TRAIN), Hand(FACES_HELD_OUT), seed)
+    return Setting(spec, late, first, second, third, Hand(FACES_TO_TRAIN), held_out, seed)
 
 
 def _files(data: str | Path, clip: bool) -> tuple[Files, Files]:
@@ -319,7 +326,7 @@ class _Run:
             (source, method)
             for source in self.setting.sources
             for method in self.setting.methods
-            if source == self.setting.sources[0] or method not in CONTROLS
+            if source == self.setting.sources[0] or method not in BLIND
         ]
         found = []
         for source, method in tqdm(cells, "circuits", disable=not self.progress):
@@ -348,7 +355,7 @@ class _Run:
             hands[name] = self.kept.of(f"hands/{key}/{name}", partial(self._in_hand, circuit, *hand))
         simple = self.kept.of("simple", partial(defences.simple, self.setting))
         edges = self.kept.of(f"edges/{key}", partial(self._edges, chosen["source"], circuit))
-        everywhere = self.kept.of(f"everywhere/{key}", partial(self._everywhere, chosen["size"], circuit))
+        everywhere = self.kept.of(f"everywhere/{key}", partial(self._everywhere, chosen, circuit))
         again = self.kept.of(f"adaptive/{key}", partial(self._adaptive, circuit))
         found = {"kinds": kinds, "adaptive": again, "hands": hands, "simple": simple}
         return {**found, "edges": edges, "everywhere": everywhere}
@@ -385,9 +392,10 @@ class _Run:
         scores = find(task, "eap").edges[pair]
         return defences.edges(self.setting, circuit, scores, pair)
 
-    def _everywhere(self, size: float, circuit: Circuit) -> Entry:
+    def _everywhere(self, chosen: Entry, circuit: Circuit) -> Entry:
         """The circuit's edges between all neighbouring layers, beside those of circuits of its size."""
-        controls = {name: self.circuit(self.setting.sources[0], name, size) for name in ("activation", "random")}
+        sources = {"activation": chosen["source"], "random": self.setting.sources[0]}
+        controls = {name: self.circuit(source, name, chosen["size"]) for name, source in sources.items()}
         return defences.edges_everywhere(self.setting, {"text": circuit, **controls})
 
     def _point(self, source: str, method: str, size: float) -> Entry:
