@@ -32,6 +32,17 @@ def test_other_settings_start_anew_and_a_torn_line_is_passed_over(tmp_path):
     assert Kept(path, {"seed": 0}).known == {"a": {"x": 1}, "b": {"x": 2}}
 
 
+def test_a_line_cut_off_inside_a_character_is_passed_over(tmp_path):
+    path = tmp_path / "parts.jsonl"
+    Kept(path, {"seed": 0}).of("a", lambda: {"x": "a\u2028b"})
+    with path.open("ab") as file:
+        file.write('{"key": "é'.encode()[:-1])
+    kept = Kept(path, {"seed": 0})
+    assert kept.known == {"a": {"x": "a\u2028b"}}
+    kept.of("b", lambda: {"x": 2})
+    assert set(Kept(path, {"seed": 0}).known) == {"a", "b"}
+
+
 def report() -> Report:
     table = Table("Falls", ("part", "fall"), (("a|b", Interval(0.5, 0.25, 0.75)), ("<c>", None)), "Of 8.")
     figure = Figure("A line", "line", draw(lambda drawing: drawing.subplots().plot([0, 1])), "a rising line")
