@@ -590,6 +590,7 @@ def test_a_network_of_which_no_link_is_known_is_pruned_all_the_same(folder, tmp_
         ({"ablation": "noise"}, "'zero' or 'mean', got 'noise'"),
         ({"n_parts": 2}, "2 parts cannot be drawn: give 3 to 12"),
         ({"links": 3}, "small has 2 links, got 3 .--links"),
+        ({"weights": "mine.safetensors"}, "'small' .* takes no weights, got 'mine.safetensors' .--weights.*--model"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(tmp_path, options, said):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from typer.testing import CliRunner
 
-from viscircuits.errors import ViscircuitsError
+from viscircuits.cli import app
+from viscircuits.errors import FileFormatError, ViscircuitsError
 from viscircuits.experiments.kept import Kept
-from viscircuits.experiments.report import Figure, Report, Table, draw, show
+from viscircuits.experiments.report import Figure, Report, Table, check_folder, draw, show
 from viscircuits.metrics import Interval
 
 
@@ -32,6 +34,17 @@ def test_other_settings_start_anew_and_a_torn_line_is_passed_over(tmp_path):
     assert Kept(path, {"seed": 0}).known == {"a": {"x": 1}, "b": {"x": 2}}
 
 
+def test_a_line_cut_off_inside_a_character_is_passed_over(tmp_path):
+    path = tmp_path / "parts.jsonl"
+    Kept(path, {"seed": 0}).of("a", lambda: {"x": "a\u2028b"})
+    with path.open("ab") as file:
+        file.write('{"key": "é'.encode()[:-1])
+    kept = Kept(path, {"seed": 0})
+    assert kept.known == {"a": {"x": "a\u2028b"}}
+    kept.of("b", lambda: {"x": 2})
+    assert set(Kept(path, {"seed": 0}).known) == {"a", "b"}
+
+
 def report() -> Report:
     table = Table("Falls", ("part", "fall"), (("a|b", Interval(0.5, 0.25, 0.75)), ("<c>", None)), "Of 8.")
     figure = Figure("A line", "line", draw(lambda drawing: drawing.subplots().plot([0, 1])), "a rising line")
@@ -48,6 +61,26 @@ def test_a_report_says_the_same_on_page_and_in_text(tmp_path):
     assert "https://" not in page.split("<svg")[0]
     numbers = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert numbers["falls"] == [0.5] and numbers["made"] == {"seed": 0}
+
+
+@pytest.mark.parametrize("name", ["composites", "hierarchy", "typographic"])
+def test_no_experiment_replaces_the_result_of_another(tmp_path, name):
+    report().save(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    ran = CliRunner().invoke(app, ["experiment", name, "--quick", "--out", str(tmp_path)])
+    said = " ".join(ran.output.split())
+    assert ran.exit_code == 2 and "result of experiment 'demo'" in said and "--out" in said
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_experiment_may_replace_its_own_result_and_nothing_else(tmp_path):
+    check_folder(tmp_path / "new", "demo")
+    report().save(tmp_path)
+    check_folder(tmp_path, "demo")
+    for text in ('{"falls": 1}', "[]", "torn {"):
+        (tmp_path / "results.json").write_text(text, encoding="utf-8")
+        with pytest.raises(FileFormatError, match=r"a results\.json that no experiment wrote.*--out"):
+            check_folder(tmp_path, "demo")
 
 
 def test_the_same_drawing_gives_the_same_bytes():

@@ -73,6 +73,21 @@ def select(page: Any, unit: Unit) -> None:
     click_unit(page, unit).get_by_role("button", name="Select for surgery").click()
 
 
+def replace_by(page: Any, ablation: str) -> None:
+    choice = page.get_by_label("Replaced by")
+    if choice.input_value() != ablation:
+        with page.expect_response(lambda response: response.url.endswith("/api/surgery")):
+            choice.select_option(ablation)
+        page.wait_for_timeout(50)
+
+
+def reload(page: Any, more: str = "") -> None:
+    page.wait_for_timeout(300)  # the address is written a moment after the last of many changes
+    page.evaluate("(more) => { location.hash += more }", more)
+    page.reload()
+    page.wait_for_selector("html[data-ready]", state="attached")
+
+
 def table(page: Any, probe: str = "kept:0") -> dict[int, tuple[str, str]]:
     """What the page shows of a probe: class → probability before and after, as printed."""
     rows = page.locator(f"#surgery [data-probe='{probe}'] [data-answer]")
@@ -126,9 +141,7 @@ def test_an_image_of_ones_own_and_its_heat_on_the_units_come_back_with_a_reload(
         first = page.locator("#nodes img.heatmap").first
         first.evaluate("async (img) => { await img.decode(); return img.naturalWidth }")  # raises if it cannot be drawn
         assert page.locator("#nodes img.heatmap").count() == len(list(bundle.circuit))
-        page.wait_for_timeout(300)  # the address is written a moment after the last of many changes
-        page.reload()
-        page.wait_for_selector("html[data-ready]", state="attached")
+        reload(page)
         page.locator("#probe").get_by_role("heading", name="teal.png").wait_for()
         page.locator("#nodes img.heatmap").first.wait_for()
 
@@ -152,12 +165,7 @@ def test_selecting_units_changes_the_prediction_exactly_as_ablate_does(open_live
     picture = bundle.probes.pictures[0]
     reference = measure(spec, found_with(circuit.provenance, "reference"), circuit.layers)
     for ablation in ("zero", "mean"):
-        with page.expect_response(lambda response: response.url.endswith("/api/surgery")):
-            other = "mean" if ablation == "zero" else "zero"
-            page.get_by_label("Replaced by").select_option(other)
-        with page.expect_response(lambda response: response.url.endswith("/api/surgery")):
-            page.get_by_label("Replaced by").select_option(ablation)
-        page.wait_for_timeout(50)
+        replace_by(page, ablation)
         with ablate(spec, part(circuit, chosen), ablation, reference=reference):
             after = runs(spec, picture)
         expect(table(page), printed(runs(spec, picture)), printed(after))
@@ -174,9 +182,7 @@ def test_the_units_glow_as_they_fire_under_ablate(open_live, address, made, bund
         select(page, unit)
     tab(page, "Surgery")
     for ablation in ("mean", "zero"):
-        with page.expect_response(lambda response: response.url.endswith("/api/surgery")):
-            page.get_by_label("Replaced by").select_option(ablation)
-    page.wait_for_timeout(50)
+        replace_by(page, ablation)
     units, layers = list(circuit), describe_layers(spec, spec.example(), circuit.layers)
     with ablate(spec, part(circuit, cut), "zero"):
         rows, _ = respond(spec, spec.transform(probes.pictures[0])[None], units, layers)
@@ -225,9 +231,7 @@ def test_cutting_an_edge_changes_the_prediction_exactly_as_prune_edges_does(open
     click_unit(page, edge.target).get_by_role("button", name=f"The edge from {edge.source}").click()
     page.locator("#edge").get_by_role("button", name="Select for surgery").click()
     tab(page, "Surgery")
-    with page.expect_response(lambda response: response.url.endswith("/api/surgery")):
-        page.get_by_label("Replaced by").select_option("zero")
-    page.wait_for_timeout(50)
+    replace_by(page, "zero")
     expect(table(page), printed(runs(spec, picture)), printed(cut[edge]))
 
 
@@ -243,6 +247,37 @@ def test_undoing_everything_leaves_the_network_as_it_was(open_live, address, mad
     assert "Nothing is selected" in panel.inner_text()
     assert panel.locator("[data-answer]").count() == 0
     assert torch.equal(runs(spec, picture), untouched)
+
+
+@pytest.mark.parametrize("ablation", ["resample", "noise"])
+def test_what_replaces_the_units_comes_back_with_a_reload_and_with_undo(open_live, address, bundle, page, ablation):
+    open_live(address)
+    for unit in bundle.circuit:
+        select(page, unit)
+    tab(page, "Surgery")
+    usual = page.get_by_label("Replaced by").input_value()
+    first = table(page)
+    replace_by(page, ablation)
+    shown = table(page)
+    assert shown != first
+    reload(page)
+    assert page.get_by_label("Replaced by").input_value() == ablation and table(page) == shown
+    replace_by(page, usual)
+    assert table(page) == first
+    for button, choice, answers in (("Undo", ablation, shown), ("Redo", usual, first)):
+        with page.expect_response(lambda response: response.url.endswith("/api/surgery")):
+            page.locator("#surgery").get_by_role("button", name=button).click()
+        page.wait_for_timeout(50)
+        assert page.get_by_label("Replaced by").input_value() == choice and table(page) == answers
+
+
+def test_a_replacement_that_there_is_not_is_passed_over(open_live, address, bundle, page):
+    open_live(address)
+    select(page, next(iter(bundle.circuit)))
+    tab(page, "Surgery")
+    usual = page.get_by_label("Replaced by").input_value()
+    reload(page, "&replaced-by=toString")
+    assert page.get_by_label("Replaced by").input_value() == usual and table(page)
 
 
 def test_an_image_of_ones_own_is_seen_by_the_network(open_live, address, made, bundle):

@@ -307,11 +307,12 @@ def test_cell_is_known_again_until_its_digest_changes(fidelity, tmp_path):
     assert work.cells("a/b", {"x": "2"}).known == {}
 
 
-def test_line_that_a_kill_cut_off_is_passed_over(fidelity, tmp_path):
+@pytest.mark.parametrize("torn", [b'{"key": "y", "dig', '{"key": "é'.encode()[:-1]])
+def test_line_that_a_kill_cut_off_is_passed_over(fidelity, tmp_path, torn):
     work, wanted = fidelity("store").Work(tmp_path), {"x": "1", "y": "1", "z": "1"}
     work.cells("job", wanted).keep("x", {})
     path = tmp_path / "job.jsonl"
-    path.write_text(path.read_text() + '{"key": "y", "dig')
+    path.write_bytes(path.read_bytes() + torn)
     work.cells("job", wanted).keep("z", {})
     assert set(work.cells("job", wanted).known) == {"x", "z"}
 

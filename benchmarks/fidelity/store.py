@@ -37,7 +37,7 @@ class Cells:
 
     def __init__(self, path: Path, wanted: dict[str, str]) -> None:
         self.path, self.wanted = path, wanted
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else ()
+        lines = path.read_bytes().split(b"\n") if path.is_file() else ()
         last = {cell["key"]: cell for cell in _readable(lines)}
         self.known = {
             key: last[key]["entry"] for key, digest in wanted.items() if key in last and last[key]["digest"] == digest
@@ -60,9 +60,9 @@ class Cells:
         self.known[key], self.clock = entry, now
 
 
-def _readable(lines: Iterable[str]) -> Iterator[Entry]:
+def _readable(lines: Iterable[bytes]) -> Iterator[Entry]:
     for line in lines:
-        with suppress(json.JSONDecodeError):
+        with suppress(ValueError):  # cut off, perhaps inside a character
             yield json.loads(line)
 
 

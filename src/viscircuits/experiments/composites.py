@@ -46,7 +46,7 @@ from viscircuits.experiments.pairs import (
     render_parts,
 )
 from viscircuits.experiments.rankings import INSIDE, ROWS, Plain
-from viscircuits.experiments.report import Report
+from viscircuits.experiments.report import Report, check_folder
 from viscircuits.experiments.training import Recipe, begin, build, recipe_for, train, transform_of, transformed
 from viscircuits.images import split
 from viscircuits.metrics import overlap
@@ -143,8 +143,11 @@ def composites(
     ------
     ViscircuitsError
         If an option or the data do not do; it says what to do.
+    FileFormatError
+        If the folder holds the result of another experiment.
     """
     out, data = Path(out), None if data is None else Path(data)
+    check_folder(out, "composites")
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ViscircuitsError(f"give one seed or more, each once, from 0 on; got {list(seeds)} (--seeds)")
     model = model or ("small" if data is None else "lite0")

@@ -41,7 +41,7 @@ from viscircuits.errors import ModelError, ViscircuitsError
 from viscircuits.exemplars import Exemplar, exemplars
 from viscircuits.experiments.hierarchy_report import report_of
 from viscircuits.experiments.kept import Entry, Kept
-from viscircuits.experiments.report import Report
+from viscircuits.experiments.report import Report, check_folder
 from viscircuits.experiments.small_network import ADDRESS, train_small
 from viscircuits.experiments.trees import RENDERED, Concept, open_tree, rendered_tree
 from viscircuits.files import write_atomically
@@ -142,12 +142,15 @@ def hierarchy(
     ------
     ViscircuitsError
         If there is no tree in the data, the network's outputs are no classes, or the share of units is none.
+    FileFormatError
+        If the folder holds the result of another experiment.
     """
     if not 0 < units < 1:
         raise ViscircuitsError(
             f"a circuit holds a share of each layer's units between 0 and 1, such as 0.1, not {units:g}"
         )
     out = Path(out)
+    check_folder(out, "hierarchy")
     if data is None:
         concepts = rendered_tree(each or (2 if quick else 4), seed)[: N_QUICK if quick else None]
     else:

@@ -29,7 +29,7 @@ class Kept:
 
     def __init__(self, path: Path, made: Mapping[str, Any]) -> None:
         self.path, self.digest = path, digest_of(made)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else ()
+        lines = path.read_bytes().split(b"\n") if path.is_file() else ()
         self.known = {line["key"]: line["entry"] for line in _readable(lines) if line["digest"] == self.digest}
 
     def __contains__(self, key: str) -> bool:
@@ -54,7 +54,7 @@ def digest_of(made: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 
 
-def _readable(lines: Iterable[str]) -> Iterator[Entry]:
+def _readable(lines: Iterable[bytes]) -> Iterator[Entry]:
     for line in lines:
-        with suppress(json.JSONDecodeError):
+        with suppress(ValueError):  # cut off, perhaps inside a character
             yield json.loads(line)

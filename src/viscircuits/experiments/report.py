@@ -19,7 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from viscircuits.errors import ViscircuitsError
+from viscircuits.errors import FileFormatError, ViscircuitsError
 from viscircuits.files import write_atomically
 from viscircuits.metrics import Interval
 from viscircuits.tables import aligned
@@ -114,6 +114,28 @@ class Report:
         }
         template = (files("viscircuits") / "web" / "experiment.html").read_text(encoding="utf-8")
         return re.sub(r"@@(\w+)@@", lambda match: slots[match[1]], template)
+
+
+def check_folder(folder: str | Path, name: str) -> None:
+    """Refuse a folder whose results are not those of the experiment `name`, before anything is computed.
+
+    Raises
+    ------
+    FileFormatError
+        If saving there would replace the report of another experiment, or a ``results.json`` of something else.
+    """
+    path = Path(folder) / "results.json"
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        found = None
+    known = isinstance(found, dict) and found.get("schema") == SCHEMA
+    if known and found.get("name") == name:
+        return
+    of = f"the result of experiment {found.get('name')!r}" if known else "a results.json that no experiment wrote"
+    raise FileFormatError(f"{str(folder)!r} holds {of}, which {name!r} would replace; give another folder (--out)")
 
 
 def draw(plot: Callable[..., None], width: float = 6.4, height: float = 3.6) -> str:

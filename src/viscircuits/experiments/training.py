@@ -96,7 +96,18 @@ RECIPES = {
 
 
 def recipe_for(network: str, weights: str = "default") -> Recipe:
-    """What `RECIPES` says of a network; of one it does not know, all is trained."""
+    """What `RECIPES` says of a network; of one it does not know, all is trained.
+
+    Raises
+    ------
+    ViscircuitsError
+        If ``small`` is given weights: it always starts at random.
+    """
+    if network == "small" and weights not in ("default", "none"):
+        raise ViscircuitsError(
+            f"the network 'small' is trained from the start and takes no weights, got {str(weights)!r} (--weights); "
+            "name the network they are of (--model), or leave them out"
+        )
     known = RECIPES.get(network, Recipe(network, size=224, first=None))
     if weights == "none" and known.first is not None:  # nothing was learnt that could be kept
         known = replace(known, first=None, plain=0)

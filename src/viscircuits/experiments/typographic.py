@@ -50,7 +50,7 @@ from viscircuits.experiments.lettering import (
 from viscircuits.experiments.pictures import PARTS as FOLDERS
 from viscircuits.experiments.pictures import Photographs, photograph_files, read_files, render_photographs
 from viscircuits.experiments.reader import SIDES, SMALL, card_of, load_reader, train_reader
-from viscircuits.experiments.report import Report
+from viscircuits.experiments.report import Report, check_folder
 from viscircuits.experiments.translations import TRANSLATIONS
 from viscircuits.experiments.zero_shot import zero_shot
 from viscircuits.methods import find
@@ -154,8 +154,11 @@ def typographic(
     ------
     ViscircuitsError
         If the data do not do, or a package is missing; it says what to do.
+    FileFormatError
+        If the folder holds the result of another experiment.
     """
     out, written = Path(out), dict(written or {})
+    check_folder(out, "typographic")
     check_hand(Hand(**written))
     if data is None and (model, str(weights)) != ("reader", "default"):
         raise ViscircuitsError(

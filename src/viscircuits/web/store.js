@@ -49,12 +49,15 @@ export const unitNamed = (name) => units[byName.get(name)] ?? null;
 export const FACES = ["exemplars", "visualisations", "heat"];
 export const manyEdges = Math.min(edges.length, Math.max(120, Math.round(1.5 * units.length)));
 const ABLATIONS = Object.keys(data.evaluation?.full?.by_ablation ?? {});
+/** What surgery can put in the place of what is taken out; the evaluation's `ablation` is a choice of its own. */
+export const REPLACEMENTS = ["zero", "mean", "resample", "noise"];
 
 /** Whatever is in view. Sets are replaced, never changed, so that identity tells. */
 const FRESH = {
   focus: null, edge: null, pinned: new Set(), hovered: null, selected: { units: new Set(), edges: new Set() },
   fraction: 1, shown: manyEdges, collapsed: new Set(), least: 0, skips: true, query: "", probe: null, probe2: null,
-  face: "exemplars", mosaic: null, members: new Set([1, 2, 3]), ablation: ABLATIONS[0] ?? data.evaluation?.ablation ?? null, panel: "evaluation", alone: false, notes: 0, probes: 0,
+  face: "exemplars", mosaic: null, members: new Set([1, 2, 3]), ablation: ABLATIONS[0] ?? data.evaluation?.ablation ?? null,
+  replacement: [ABLATIONS[0], data.evaluation?.ablation, data.provenance?.ablation].find((name) => REPLACEMENTS.includes(name)) ?? "mean", panel: "evaluation", alone: false, notes: 0, probes: 0,
 };
 export const state = { ...FRESH };
 
@@ -105,7 +108,8 @@ const WRITTEN = {
   skips: ["skips", () => "dim", (text) => (text === "dim" ? false : undefined)],
   query: ["find", String, String], probe: ["probe", String, String], probe2: ["against", String, String],
   face: ["face", String, oneOf(FACES)], mosaic: ["pictures", (many) => (many ? "4" : "1"), (text) => text === "4"],
-  alone: ["view", () => "graph", (text) => text === "graph" || undefined], ablation: ["ablation", String, oneOf(ABLATIONS)], panel: ["panel", String, String],
+  alone: ["view", () => "graph", (text) => text === "graph" || undefined], ablation: ["ablation", String, oneOf(ABLATIONS)],
+  replacement: ["replaced-by", String, oneOf(REPLACEMENTS)], panel: ["panel", String, String],
 };
 /** The same for what is a set of things, each with an entry of its own. */
 const MARKED = {

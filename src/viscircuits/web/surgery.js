@@ -1,5 +1,5 @@
 // Surgery: units and edges are taken out of the real network, and what it then answers is shown at once.
-import { data, edges, on, set, state, units } from "viscircuits/store.js";
+import { data, edges, on, REPLACEMENTS, set, state, units } from "viscircuits/store.js";
 import { announce, called, count, figure, known, make, percent, plural } from "viscircuits/words.js";
 import { copyButton, download, fileName, goTo, openEdge, refill, selected, thumb, unitButton } from "viscircuits/pieces.js";
 import { diverging, pairedBars } from "viscircuits/bars.js";
@@ -8,10 +8,9 @@ import { HOW_TO_SERVE, ask, follow, served, stop } from "viscircuits/remote.js";
 import { command, python } from "viscircuits/recipe.js";
 
 const LISTED = 8, CHANGED = 0.005;
-const ABLATIONS = { zero: "zero", mean: "mean over reference images", resample: "the unit's value on another image", noise: "noise with the reference's mean and variance" };
+const WORDS = { zero: "zero", mean: "mean over reference images", resample: "the unit's value on another image", noise: "noise with the reference's mean and variance" };
 const past = [], future = [];
-let element, asked = {}, ablation = [state.ablation, data.evaluation?.ablation, data.provenance?.ablation].find((name) => name in ABLATIONS) ?? "mean";
-let everything = false, answers = null, measured = null, measuring = null;  // measuring: {done, of} while accuracy is on its way
+let element, asked = {}, everything = false, answers = null, measured = null, measuring = null;  // measuring: {done, of} while accuracy is on its way
 let basket = snapshot();
 const trouble = make("div", { class: "trouble" }), untold = make("div"), exported = make("div");
 
@@ -22,7 +21,7 @@ export const panel = {
   mount(place) {
     element = make("div");
     place.append(element);
-    on(["selected"], changed);
+    on(["selected", "replacement"], changed);
     on(["probe", "probe2", "probes"], () => { fill(); operate(); });
     on(["notes"], fill);
     addEventListener("pagehide", () => stop("accuracy"));
@@ -35,14 +34,19 @@ export const panel = {
 function learn(answer) {
   if (!answer) return;
   asked = answer;
-  if (!answer.ablations.includes(ablation)) ablation = answer.ablations[0];
-  fill();
+  const [usual] = answer.ablations, wanted = state.replacement;
+  if (answer.ablations.includes(wanted)) { fill(); return; }
+  basket = { ...basket, replacement: usual };  // before the store tells us, so that it is no new step
+  set({ replacement: usual });
+  settle(basket);
+  announce(`This network can be shown with ${usual} in place of what is taken out, not with ${wanted}.`);
 }
 
 // ---------------------------------------------------------------- the basket
 
-function snapshot() { return { units: [...state.selected.units], edges: [...state.selected.edges] }; }
-const same = (a, b) => ["units", "edges"].every((kind) => a[kind].length === b[kind].length && a[kind].every((id) => b[kind].includes(id)));
+/** What is taken out, and what stands in its place: an edit, which undo brings back whole. */
+function snapshot() { return { units: [...state.selected.units], edges: [...state.selected.edges], replacement: state.replacement }; }
+const same = (a, b) => a.replacement === b.replacement && ["units", "edges"].every((kind) => a[kind].length === b[kind].length && a[kind].every((id) => b[kind].includes(id)));
 const size = (which) => which.units.length + which.edges.length;
 
 function changed() {
@@ -64,7 +68,7 @@ function settle(now) {
   operate();
 }
 
-function put(next) { set({ selected: { units: new Set(next.units), edges: new Set(next.edges) } }); }
+function put({ units: some, edges: cut, replacement = state.replacement }) { set({ selected: { units: new Set(some), edges: new Set(cut) }, replacement }); }
 
 function travel(from, to, word) {
   const there = from.pop();
@@ -73,7 +77,7 @@ function travel(from, to, word) {
   basket = there;  // before the store tells us, so that it is no new step
   put(there);
   settle(there);
-  announce(`${word}; the basket holds ${size(there)}.`);
+  announce(`${word}; the basket holds ${size(there)}, replaced by ${WORDS[there.replacement]}.`);
 }
 const undo = () => travel(past, future, "Undone");
 const redo = () => travel(future, past, "Done again");
@@ -82,7 +86,7 @@ const redo = () => travel(future, past, "Done again");
 function edit() {
   const { units: some, edges: cut } = selected();
   const pair = (unit) => [data.layers[unit.layer].name, unit.index];
-  return { units: some.map(pair), edges: cut.map((edge) => [pair(units[edge.source]), pair(units[edge.target])]), ablation };
+  return { units: some.map(pair), edges: cut.map((edge) => [pair(units[edge.source]), pair(units[edge.target])]), ablation: state.replacement };
 }
 
 // ---------------------------------------------------------------- asking the network
@@ -143,9 +147,9 @@ function lead() {
 function tools() {
   const focused = units[state.focus];
   const button = (text, key, act, off = false) => make("button", { type: "button", class: "tool", "data-key": key, disabled: off, onclick: act }, text);
-  const offered = served ? asked.ablations : Object.keys(ABLATIONS);
-  const choice = offered ? make("label", { class: "choice" }, make("span", {}, "Replaced by"), make("select", { "data-key": "ablation", onchange: (event) => { ablation = event.target.value; settle(basket); } },
-    offered.map((name) => make("option", { value: name, selected: name === ablation }, ABLATIONS[name] ?? name)))) : null;
+  const offered = served ? asked.ablations : REPLACEMENTS;
+  const choice = offered ? make("label", { class: "choice" }, make("span", {}, "Replaced by"), make("select", { "data-key": "ablation", onchange: (event) => set({ replacement: event.target.value }) },
+    offered.map((name) => make("option", { value: name, selected: name === state.replacement }, WORDS[name] ?? name)))) : null;
   return [make("div", { class: "toolrow" }, button("Undo", "undo", undo, !past.length), button("Redo", "redo", redo, !future.length), button("Clear", "clear", () => put({ units: [], edges: [] }), !size(basket)),
     size(basket) ? null : focused ? button(`Select ${called(focused) || focused.name}`, "focused", () => put({ units: [focused.id], edges: [] })) : null,
     size(basket) ? null : button("Select the whole circuit", "whole", () => put({ units: units.map((unit) => unit.id), edges: [] }))), choice];
