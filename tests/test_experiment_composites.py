@@ -584,7 +584,8 @@ def test_a_network_of_which_no_link_is_known_is_pruned_all_the_same(folder, tmp_
     [
         ({"seeds": ()}, "one seed or more, each once"),
         ({"seeds": (1, 1)}, "one seed or more, each once"),
-        ({"seeds": (-1,)}, "from 0 on; got .-1. .--seeds"),
+        ({"seeds": (-1,)}, "from 0 to 1000000000, got -1 .--seeds"),
+        ({"seeds": (0, 99999999999999)}, "from 0 to 1000000000, got 99999999999999 .--seeds"),
         ({"n_parts": 3, "pairs": 1}, "one shares a part with all others.*take more parts"),
         ({"size": 0.0}, "a share of each layer, above 0 and at most 1; got 0.0 .--size"),
         ({"ablation": "noise"}, "'zero' or 'mean', got 'noise'"),

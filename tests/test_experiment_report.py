@@ -9,8 +9,11 @@ from typer.testing import CliRunner
 
 from viscircuits.cli import app
 from viscircuits.errors import FileFormatError, ViscircuitsError
+from viscircuits.experiments.composites import made_composites
 from viscircuits.experiments.kept import Kept
 from viscircuits.experiments.report import Figure, Report, Table, check_folder, draw, show
+from viscircuits.experiments.seeds import LARGEST
+from viscircuits.experiments.trees import rendered_tree
 from viscircuits.metrics import Interval
 
 
@@ -81,6 +84,26 @@ def test_an_experiment_may_replace_its_own_result_and_nothing_else(tmp_path):
         (tmp_path / "results.json").write_text(text, encoding="utf-8")
         with pytest.raises(FileFormatError, match=r"a results\.json that no experiment wrote.*--out"):
             check_folder(tmp_path, "demo")
+
+
+SEEDED = {"composites": "--seeds"} | dict.fromkeys(
+    ("hierarchy", "typographic", "make-composites", "train-reader"), "--seed"
+)
+
+
+@pytest.mark.parametrize("seed", [-1, LARGEST + 1])
+def test_a_seed_out_of_range_is_refused_with_its_option_and_the_range(tmp_path, seed):
+    for name, option in SEEDED.items():
+        data = ["--data", str(tmp_path)] if name == "train-reader" else []
+        ran = CliRunner().invoke(app, ["experiment", name, "--out", str(tmp_path / "out"), f"{option}={seed}", *data])
+        assert ran.exit_code == 2
+        assert f"from 0 to {LARGEST}, got {seed} ({option})" in " ".join(ran.output.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_largest_seed_draws_pictures():
+    assert len(rendered_tree(1, LARGEST)) > 1
+    assert len(made_composites(None, n_parts=4, pairs=2, each=1, seed=LARGEST)) == 4
 
 
 def test_the_same_drawing_gives_the_same_bytes():

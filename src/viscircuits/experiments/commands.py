@@ -17,7 +17,7 @@ Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the 
 Data = Annotated[
     Path | None, typer.Option("--data", metavar="DIR", help="Folder of images; without it, rendered images are used.")
 ]
-Seed = Annotated[int, typer.Option(help="Of every random choice.", min=0, max=2**63 - 1)]
+Seed = Annotated[int, typer.Option(help="Of every random choice.")]  # `check_seed` says which
 Quick = Annotated[bool, typer.Option("--quick", help="A small run that shows that everything works; no result.")]
 
 
@@ -237,7 +237,9 @@ def train_reader(
 
     from viscircuits.experiments.pictures import dealt_classes, photograph_files, read_files, set_apart
     from viscircuits.experiments.reader import DEVELOPMENT, LARGE, ORIGIN, card_of, train_reader
+    from viscircuits.experiments.seeds import check_seed
 
+    check_seed(seed)
     recipe = replace(LARGE, n_classes=classes, seed=seed)
     files = photograph_files(data, "train")
     shown, others = ({name: files[name] for name in names} for names in dealt_classes(list(files), classes, seed))

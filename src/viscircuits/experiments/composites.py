@@ -47,6 +47,7 @@ from viscircuits.experiments.pairs import (
 )
 from viscircuits.experiments.rankings import INSIDE, ROWS, Plain
 from viscircuits.experiments.report import Report, check_folder
+from viscircuits.experiments.seeds import check_seed
 from viscircuits.experiments.training import Recipe, begin, build, recipe_for, train, transform_of, transformed
 from viscircuits.images import split
 from viscircuits.metrics import overlap
@@ -148,8 +149,10 @@ def composites(
     """
     out, data = Path(out), None if data is None else Path(data)
     check_folder(out, "composites")
-    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise ViscircuitsError(f"give one seed or more, each once, from 0 on; got {list(seeds)} (--seeds)")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ViscircuitsError(f"give one seed or more, each once; got {list(seeds)} (--seeds)")
+    for seed in seeds:
+        check_seed(seed, "--seeds")
     model = model or ("small" if data is None else "lite0")
     size = SIZES.get(model, USUAL_SIZE) if size is None else size
     if not 0 < size <= 1:
@@ -186,6 +189,7 @@ def made_composites(
     seed: int = 0,
 ) -> Composites:
     """The composites of a seed, as the experiment draws them: those that train, or those that are held out."""
+    check_seed(seed)
     folder = None if data is None else Path(data)
     recipe = replace(recipe_for("small" if folder is None else "lite0"), each=each)
     options = Options(folder, recipe, n_parts or _usual(folder), pairs, canvas or Canvas(), held_out=each)

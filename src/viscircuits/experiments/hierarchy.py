@@ -42,6 +42,7 @@ from viscircuits.exemplars import Exemplar, exemplars
 from viscircuits.experiments.hierarchy_report import report_of
 from viscircuits.experiments.kept import Entry, Kept
 from viscircuits.experiments.report import Report, check_folder
+from viscircuits.experiments.seeds import check_seed
 from viscircuits.experiments.small_network import ADDRESS, train_small
 from viscircuits.experiments.trees import RENDERED, Concept, open_tree, rendered_tree
 from viscircuits.files import write_atomically
@@ -151,6 +152,7 @@ def hierarchy(
         )
     out = Path(out)
     check_folder(out, "hierarchy")
+    check_seed(seed)
     if data is None:
         concepts = rendered_tree(each or (2 if quick else 4), seed)[: N_QUICK if quick else None]
     else:

@@ -51,6 +51,7 @@ from viscircuits.experiments.pictures import PARTS as FOLDERS
 from viscircuits.experiments.pictures import Photographs, photograph_files, read_files, render_photographs
 from viscircuits.experiments.reader import SIDES, SMALL, card_of, load_reader, train_reader
 from viscircuits.experiments.report import Report, check_folder
+from viscircuits.experiments.seeds import check_seed
 from viscircuits.experiments.translations import TRANSLATIONS
 from viscircuits.experiments.zero_shot import zero_shot
 from viscircuits.methods import find
@@ -159,6 +160,7 @@ def typographic(
     """
     out, written = Path(out), dict(written or {})
     check_folder(out, "typographic")
+    check_seed(seed)
     check_hand(Hand(**written))
     if data is None and (model, str(weights)) != ("reader", "default"):
         raise ViscircuitsError(
