@@ -148,7 +148,7 @@ def test_scores_on_two_scales_lose_when_pooled_and_not_layer_by_layer(fidelity):
         (torch.tensor([10.0, 9.0]), torch.tensor([True, False])),
     ]
     assert fidelity("planted").compared(layers) == {
-        "auroc": 0.75, "auroc_by_part": 1.0, "precision": 0.5, "recall": 0.5, "right_by_part": 1.0,
+        "auroc": 0.75, "auroc_by_part": 1.0, "precision": 0.5, "recall": 0.5,
     }  # fmt: skip
 
 

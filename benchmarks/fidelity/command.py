@@ -30,7 +30,7 @@ from viscircuits.methods import METHODS
 from viscircuits.planted import PLANTED
 
 ROOT = Path(__file__).resolve().parents[2]
-FILE, FORMAT = "fidelity.json", 1
+FILE, FORMAT, DIGITS = "fidelity.json", 1, 6
 PARTS = ("planted", "real")
 QUICK_NETWORKS = ("circle", "suppressor", "copies")
 
@@ -206,8 +206,8 @@ def gathered(jobs: Sequence[Job], work: Work, options: argparse.Namespace) -> En
         "seconds": sum(cell["took"] for each in cells.values() for cell in each),
         "seeds": options.seeds,
         "found_under": options.found_under,
-        "planted": [_without(cell, "scores") for cell in of_part["planted"]],
-        "agreement": [_without(cell, "scores") for cell in of_part["agreement"]],
+        "planted": [_without(cell, "scores", "took") for cell in of_part["planted"]],
+        "agreement": [_without(cell, "scores", "took") for cell in of_part["agreement"]],
         "removal": removals(of_part["removal"]),
         "cost": costs,
         "left_out": {"removal": roster.REMOVAL_LEAVES_OUT, "agreement": roster.AGREEMENT_LEAVES_OUT},
@@ -247,8 +247,8 @@ def _concept(cells: Sequence[Entry], concept: str) -> Entry:
     return found
 
 
-def _without(entry: Entry, key: str) -> Entry:
-    return {name: value for name, value in entry.items() if name != key}
+def _without(entry: Entry, *keys: str) -> Entry:
+    return {name: value for name, value in entry.items() if name not in keys}
 
 
 def machine() -> Entry:
@@ -263,10 +263,20 @@ def machine() -> Entry:
     }
 
 
+def rounded(value: Any) -> Any:
+    """The same with floats to `DIGITS` decimals: seventeen would double the file and say nothing."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(each) for each in value]
+    return round(value, DIGITS) if isinstance(value, float) else value
+
+
 def write(results: Entry, folder: Path) -> None:
     """`fidelity.json`, then the page from it."""
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / (FILE + ".part")
-    draft.write_text(json.dumps(results, separators=(",", ":"), ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(rounded(results), separators=(",", ":"), ensure_ascii=False)
+    draft.write_text(text + "\n", encoding="utf-8")
     draft.replace(folder / FILE)
     page.write(json.loads((folder / FILE).read_text(encoding="utf-8")), folder)

@@ -120,23 +120,19 @@ def judged(found: Finding, planted: Planted) -> Entry:
 def compared(parts: Sequence[tuple[Tensor, Tensor]]) -> Entry | None:
     """AUROC, and precision and recall at the true size; None where nothing or everything is true.
 
-    At the true size precision and recall are one number. ``auroc_by_part`` is the mean over parts, ``right_by_part``
-    the share that is right when each part gives as many as its own truth has.
+    At the true size precision and recall are one number. ``auroc_by_part`` is the mean over parts.
     """
     scores = torch.cat([scores.double().cpu() for scores, _ in parts])
     truth = torch.cat([truth.cpu() for _, truth in parts])
     if not 0 < int(truth.sum()) < len(truth):
         return None
     mixed = [(s.double().cpu(), t.cpu()) for s, t in parts if 0 < int(t.sum()) < len(t)]
-    n_true = [int(truth.sum()) for _, truth in parts]
-    right = [precision_recall(s.double().cpu(), t.cpu())[1] * n for (s, t), n in zip(parts, n_true, strict=True) if n]
     precision, recall = precision_recall(scores, truth)
     return {
         "auroc": auroc(scores, truth),
         "auroc_by_part": sum(auroc(s, t) for s, t in mixed) / len(mixed) if mixed else None,
         "precision": precision,
         "recall": recall,
-        "right_by_part": sum(right) / sum(n_true),
     }
 
 

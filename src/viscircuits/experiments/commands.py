@@ -90,9 +90,7 @@ def typographic(
     colour: Annotated[str | None, typer.Option(metavar="any|INK on PAPER", help="Of the attack; default any.")] = None,
     seed: Annotated[
         int,
-        typer.Option(
-            help="Of every random choice. It does not change what tests: the first of val/CLASS.", min=0, max=2**63 - 1
-        ),
+        typer.Option(help="Of every random choice. It does not change what tests: the first of val/CLASS."),
     ] = 0,
     quick: Quick = False,
 ) -> None:
