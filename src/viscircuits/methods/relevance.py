@@ -104,11 +104,11 @@ def relp_difference(
     Raises
     ------
     ViscircuitsError
-        If a rule is unknown, or `protect` or γ is negative.
+        If a rule is unknown, or `protect` or γ is no finite number from 0 on.
 
     References
     ----------
-    Ours; of `relp` all else.
+    Ours, from the coefficients of `relp`. Where it leads and where it fails is told in docs/rivals.md.
     """
     if not 0 <= protect < inf:
         raise ViscircuitsError(f"protect is a weight of 0 or more, got {protect}")
