@@ -9,8 +9,9 @@ from torch import nn
 from viscircuits.errors import ViscircuitsError
 from viscircuits.hooks import count_hooks
 from viscircuits.methods import find
-from viscircuits.methods.anchored import PATHS, _Answers
+from viscircuits.methods.anchored import PATHS
 from viscircuits.methods.patching import eap_ig
+from viscircuits.methods.removing import Answers
 from viscircuits.task import make_task
 
 
@@ -101,13 +102,13 @@ def test_the_concepts_answers_are_those_it_raises_and_those_of_its_images():
     reference = torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 2.0, 3.0]])  # spread 0, 0, √2, √2
     reference[:, :2] += torch.tensor([[0.0], [1.0]])  # spread √½
     concept = torch.tensor([[4.0, 3.0, 1.0, 0.0]])  # raised by 3.5, 2.5, 0, −2 over √½, √½, √2, √2
-    answers = _Answers.of(concept, reference, torch.tensor([2]), torch.tensor([3, 3]))
+    answers = Answers.of(concept, reference, torch.tensor([2]), torch.tensor([3, 3]))
     raised = torch.tensor([3.5 / 0.5**0.5 - 1, 2.5 / 0.5**0.5 - 1, 0.1, 0.0])
     assert torch.allclose(answers.weights, raised / raised.sum())
 
 
 def test_margins_of_a_whole_answer_are_halves_of_the_anchor():
-    answers = _Answers(torch.tensor([1.0, 0.0]), scale=2.0)
+    answers = Answers(torch.tensor([1.0, 0.0]), scale=2.0)
     even, ahead = torch.tensor([[3.0, 3.0]]), torch.tensor([[5.0, 3.0]])
     own = torch.tensor([0])
     assert answers.of_concept(even, own).tolist() == [0.5]

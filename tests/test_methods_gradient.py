@@ -338,7 +338,8 @@ def test_each_image_is_judged_by_its_own_label():
 
 def test_the_difference_of_relevance_is_the_concepts_where_nothing_is_protected(conv_net, photographs):
     task = make_task(conv_net, CHAIN, photographs[:3], photographs[3:], batch_size=2)
-    signed, plain = find(task, "relp-difference", protect=0.0), find(task, "relp", edges=False)
+    signed = find(task, "relp-difference", protect=0.0)
+    plain = find(task, "relp", gamma=signed.options["gamma"], edges=False)
     assert close({layer: units.abs() for layer, units in signed.units.items()}, plain.units, 1e-6)
     assert find(task, "relp-difference").passes.forward == len(photographs) > signed.passes.forward
 

@@ -1,5 +1,7 @@
 """What a method is asked and what it answers, by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -93,6 +95,18 @@ def test_a_circuit_takes_the_highest_scores_of_each_layer_and_the_edges_between_
 def test_over_all_layers_a_circuit_takes_the_highest_scores_wherever_they_lie():
     assert dict(FINDING.circuit(3, share="over all").units) == {"a": (1, 2), "b": (0,)}
     assert dict(FINDING.circuit(0.2, share="over all").units) == {"a": (1,), "b": ()}
+
+
+def test_with_half_each_layer_gives_half_of_its_part_and_the_rest_lie_wherever_scores_are_highest():
+    scores = {"a": torch.arange(10.0), "b": torch.arange(10.0) + 100, "c": torch.arange(10.0) + 200}
+    finding = Finding("by hand", scores, dict.fromkeys("abc", 10))
+    circuit = finding.circuit(0.4, share="half")
+    assert dict(circuit.units) == {"a": (8, 9), "b": (8, 9), "c": tuple(range(2, 10))}
+    assert circuit.provenance["share"] == "half"
+    assert {len(units) for units in finding.circuit(1, share="half").units.values()} == {0, 3}
+    assert dict(finding.circuit({"a": 1, "b": 2, "c": 1}, share="half").units) == {"a": (9,), "b": (8, 9), "c": (9,)}
+    assert replace(finding, share="half").circuit(0.4) == circuit
+    assert replace(finding, share="half").circuit(0.4, share="per layer") == finding.circuit(0.4)
 
 
 def test_a_size_or_share_that_is_not_possible_is_refused():

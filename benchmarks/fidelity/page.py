@@ -11,7 +11,7 @@ from fidelity.photographs import title_of
 from fidelity.plots import ALT, draw
 from fidelity.roster import AGAINST, ORACLE, RECOMMENDED, REMOVER
 from fidelity.store import Entry
-from fidelity.summary import by_family, flips, of
+from fidelity.summary import MOST, by_family, flips, of
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "fidelity_page.md"
 MARKS = {"first": "●", "within": "○", "": ""}
@@ -253,9 +253,9 @@ def _bounds(results: Entry) -> str:
     rows = []
     for name, each in _concepts(results):
         if "bound" in each:
-            pairs = [(of(each["bound"], *at), of(each, "after", *at, REMOVER)) for at in MAIN]
-            rows.append([name, *(" / ".join(number(of(entry, "value")) for entry in pair) for pair in pairs)])
-    return table(["bound / held out", *_main_head()], rows) if rows else ""
+            triples = [(of(each, MOST, *at), of(each["bound"], *at), of(each, "after", *at, REMOVER)) for at in MAIN]
+            rows.append([name, *(" / ".join(number(of(entry, "value")) for entry in three) for three in triples)])
+    return table(["all there is / bound / held out", *_main_head()], rows) if rows else ""
 
 
 def _main_head() -> list[str]:
@@ -293,7 +293,7 @@ def _removal_aims(results: Entry) -> list[str]:
                 if any(ahead):
                     lines.append(
                         f"{title_of(network)}, {source}, {float(size):.0%}, mean ablation, above `{AGAINST}`: "
-                        f"{'; '.join(each for each in ahead if each)}."
+                        f"{'; '.join(each for each in ahead if each)}{_most(found['concepts'].values(), size)}."
                     )
     return lines
 
@@ -310,6 +310,14 @@ def _ahead(concepts: Iterable[Entry], size: str, method: str) -> str:
     above = sum(each["difference"]["value"] > 0 for each in known)
     apart = sum(each["apart"] for each in known)
     return f"`{method}` for {above} of {len(known)}, with intervals that do not touch for {apart}"
+
+
+def _most(concepts: Iterable[Entry], size: str) -> str:
+    """For how many concepts intervals would not touch if a removal took all of the concept and nothing else."""
+    known = [each for each in (of(concept, MOST, "mean", size) for concept in concepts) if each]
+    if not known:
+        return ""
+    return f". With the whole concept lost and nothing else they would not touch for {sum(e['apart'] for e in known)}"
 
 
 def _flips(results: Entry) -> str:

@@ -7,7 +7,7 @@ departs from that stands here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fidelity.store import digest_of, source_of
@@ -15,9 +15,11 @@ from viscircuits.errors import ViscircuitsError
 from viscircuits.methods import METHODS, find
 from viscircuits.task import Finding, Task
 
-RECOMMENDED, REMOVER = "anchored", "relp-difference"  # for what computes something, and for what only it needs
+RECOMMENDED, REMOVER = "anchored", "relp-anchored"  # for what computes something, and for what only it needs
 AGAINST, ORACLE = "activation-difference", "exact"
-OURS = ("anchored", "relp-difference", "cla", "cla-difference", "cla-ratio", "cla-anchored")  # failure is an error
+OURS = (  # failure is an error
+    "anchored", "relp-anchored", "relp-difference", "cla", "cla-difference", "cla-ratio", "cla-anchored",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Contender:
     title: str
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    share: str | None = None  # of units between layers, if not the method's own
 
     @property
     def is_ours(self) -> bool:
@@ -36,10 +39,12 @@ class Contender:
         """Of all that decides its numbers, but for what every method shares."""
         module = METHODS[self.method].__module__
         package = "viscircuits.methods" if module.startswith("viscircuits.methods.") else module.rpartition(".")[0]
-        return digest_of(self.method, dict(self.options), source_of(module, package), *more)
+        shared = () if self.share is None else (self.share,)
+        return digest_of(self.method, dict(self.options), source_of(module, package), *shared, *more)
 
     def find(self, task: Task) -> Finding:
-        return find(task, self.method, **self.options)
+        found = find(task, self.method, **self.options)
+        return found if self.share is None else replace(found, share=self.share)
 
 
 # ------------------------------------------------------------------ planted networks, agreement
@@ -66,6 +71,9 @@ REMOVAL_OPTIONS: dict[str, dict[str, Any]] = {
     "relp": {"edges": False},
     "anchored": {"protect": 1.0, "edges": False},
 }
+REMOVAL_MORE = [  # the control with its units shared out between layers as the remover's are
+    Contender(f"{AGAINST}, half", AGAINST, share="half")
+]
 REMOVAL_LEAVES_OUT = {
     "exact": "a forward pass for each unit: 7 104 units × 48 photographs, some 50 minutes a circuit",
     "eap": "a backward pass for each target where attribution patching of units, its sum, needs one in all",
@@ -102,7 +110,7 @@ def of_agreement(only: Sequence[str] | None) -> list[Contender]:
 def of_removal(only: Sequence[str] | None, *, dear: bool = False) -> list[Contender]:
     """Whose circuits are removed from pretrained networks, with `dear` all."""
     names = [name for name in METHODS if dear or name not in REMOVAL_LEAVES_OUT]
-    return _chosen([Contender(name, name, REMOVAL_OPTIONS.get(name, {})) for name in names], only)
+    return _chosen([Contender(name, name, REMOVAL_OPTIONS.get(name, {})) for name in names] + REMOVAL_MORE, only)
 
 
 def _chosen(everyone: list[Contender], only: Sequence[str] | None) -> list[Contender]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from fidelity.store import Entry
 
 DRAWS, LEVEL = 2000, 0.95
+MOST = "most"
 PLACES = 9  # decimals from which on two means are one: sums in another order differ beyond
 
 Falls = tuple[Tensor, Tensor]  # of the concept's photographs and of the others: right before minus right after
@@ -124,7 +125,10 @@ def compared(values: Mapping[str, Tensor], drawn: Mapping[str, Tensor], against:
 
 
 def of_concept(cells: Iterable[Entry], against: str) -> Entry:
-    """One concept in one network: accuracy untouched, and selectivity by ablation, size and method."""
+    """One concept in one network: accuracy untouched, and selectivity by ablation, size and method.
+
+    ``most``: the same for a removal that takes every right answer of the concept and none of the others.
+    """
     folds = defaultdict(list)
     for cell in cells:
         if "full" in cell:
@@ -137,16 +141,19 @@ def of_concept(cells: Iterable[Entry], against: str) -> Entry:
     }
     first = next(iter(whole.values()))
     counts = {which: sum(len(cell["full"][which]) for cell in first) for which in ("concept", "others")}
-    found: Entry = {"accuracy": accuracy(first), "n": counts, "after": {}}
+    found: Entry = {"accuracy": accuracy(first), "n": counts, "after": {}, MOST: {}}
+    perfect = (_digits("".join(cell["full"]["concept"] for cell in first)), torch.zeros(counts["others"]).double())
     drawn = {}
     for ablation, sizes in first[0]["after"].items():
-        found["after"][ablation] = {}
+        found["after"][ablation], found[MOST][ablation] = {}, {}
         for size in sizes:
             falls = {method: pooled(each, ablation, size) for method, each in whole.items()}
             entry, draws = selectivities(falls, against)
             for method, each in whole.items():
                 entry[method]["accuracy"] = accuracy(each, ablation, size)
             found["after"][ablation][size] = entry
+            if against in falls:
+                found[MOST][ablation][size] = selectivities({against: falls[against], MOST: perfect}, against)[0][MOST]
             drawn[ablation, size] = draws
     return {**found, "draws": drawn}
 

@@ -160,6 +160,8 @@ class Finding:
         What it cost.
     options
         What else it was given.
+    share
+        How `circuit` shares units out if it is not told: scores of different layers compare only in some methods.
     """
 
     method: str
@@ -168,8 +170,9 @@ class Finding:
     edges: Mapping[Pair, Float[Tensor, "target source"]] = field(default_factory=dict)
     passes: Passes = field(default_factory=Passes)
     options: Mapping[str, Any] = field(default_factory=dict)
+    share: str = "per layer"
 
-    def circuit(self, k: int | float | Mapping[str, int], *, share: str = "per layer") -> Circuit:
+    def circuit(self, k: int | float | Mapping[str, int], *, share: str | None = None) -> Circuit:
         """The units with the highest scores, with the edges between chosen units of adjacent layers.
 
         A score is a size, so an edge's `signed` is its score: whether it excites or inhibits is not known.
@@ -180,14 +183,17 @@ class Finding:
             Units a layer: a number, a fraction of each layer's, or layer → number.
         share
             ``per layer``: each layer gives its own part. ``over all``: a fraction of the units of all layers
-            together, wherever they lie; `k` is then that fraction, or the number in all.
+            together, wherever they lie; `k` is then that fraction, or the number in all. ``half``: as many in all as
+            ``per layer``, of which each layer gives half of its part, and the rest lie wherever scores are highest.
+            By default, what the method was made for.
 
         Raises
         ------
         ViscircuitsError
             If the size is not possible.
         """
-        sizes = units_per_layer(self.widths, k) if share == "per layer" else self._sizes_over_all(k, share)
+        share = self.share if share is None else share
+        sizes = choose(SHARES, share, "way to share units out")(self, k)
         units, scores = {}, {}
         for layer, size in sizes.items():
             of_layer = self.units[layer].double().cpu()
@@ -196,16 +202,30 @@ class Finding:
         made = {"method": self.method, "options": dict(self.options), "passes": asdict(self.passes), "share": share}
         return Circuit(units, dict(self.widths), scores, self._edges(units), provenance=made)
 
-    def _sizes_over_all(self, k: int | float | Mapping[str, int], share: str) -> dict[str, int]:
-        if share != "over all":
-            raise ViscircuitsError(f"units are shared out 'per layer' or 'over all', got {share!r}")
+    def _sizes_per_layer(self, k: int | float | Mapping[str, int]) -> dict[str, int]:
+        return units_per_layer(self.widths, k)
+
+    def _sizes_over_all(self, k: int | float | Mapping[str, int]) -> dict[str, int]:
         together = {"all layers": sum(self.widths.values())}
         if isinstance(k, Mapping):
             raise ViscircuitsError("a number for each layer is given; share units out 'per layer'")
-        n = units_per_layer(together, k)["all layers"]
+        return self._wherever(units_per_layer(together, k)["all layers"], dict.fromkeys(self.widths, 0))
+
+    def _sizes_half(self, k: int | float | Mapping[str, int]) -> dict[str, int]:
+        if isinstance(k, Mapping):
+            return self._sizes_per_layer(k)
+        sizes = self._sizes_per_layer(k)
+        return self._wherever(sum(sizes.values()), {layer: size // 2 for layer, size in sizes.items()})
+
+    def _wherever(self, n: int, least: Mapping[str, int]) -> dict[str, int]:
+        """Layer → how many of the `n` units with the highest scores it has, if each has its `least` beforehand."""
         layer_of = [layer for layer, width in self.widths.items() for _ in range(width)]
-        scores = torch.cat([self.units[layer].double().cpu() for layer in self.widths])
-        taken = Counter(layer_of[i] for i in largest(scores, n).tolist())
+        parts = []
+        for layer in self.widths:
+            scores = self.units[layer].double().cpu().clone()
+            scores[largest(scores, least[layer])] = torch.inf
+            parts.append(scores)
+        taken = Counter(layer_of[i] for i in largest(torch.cat(parts), n).tolist())
         return {layer: taken[layer] for layer in self.widths}
 
     def _edges(self, units: Mapping[str, tuple[int, ...]]) -> tuple[Edge, ...]:
@@ -215,6 +235,13 @@ class Finding:
             for score, m, n in sorted(pairs, key=lambda each: -each[0]):
                 edges.append(Edge(Unit(source, m), Unit(target, n), score, score))
         return tuple(edges)
+
+
+SHARES: dict[str, Callable[[Finding, int | float | Mapping[str, int]], dict[str, int]]] = {
+    "per layer": Finding._sizes_per_layer,
+    "over all": Finding._sizes_over_all,
+    "half": Finding._sizes_half,
+}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from viscircuits.methods import (
     masks,
     patching,
     relevance,
+    relp_anchored,
     single_target,
 )
 from viscircuits.scores.formulas import choose
@@ -44,6 +45,7 @@ METHODS: dict[str, Method] = {
     "cla-anchored": cross_layer.cla_anchored,
     # anchored at the answers, along a path of removal
     "anchored": anchored.anchored,
+    "relp-anchored": relp_anchored.relp_anchored,
     # one target
     "snip": single_target.snip,
     "actgrad": single_target.actgrad,

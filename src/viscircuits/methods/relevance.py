@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
+from tqdm import tqdm
 
 from viscircuits.errors import ViscircuitsError
 from viscircuits.layers import by_unit
@@ -30,6 +31,7 @@ from viscircuits.methods.patching import first_order
 from viscircuits.scores.formulas import choose
 from viscircuits.task import Finding, Task, costing, observe
 
+GAMMA, GAMMA_OF_DIFFERENCE = 0.25, 1.0
 Parts = Callable[[Tensor, float], Tensor]  # weights and a sign → weights with those of that sign favoured
 Apply = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # a linear operation: input, weight, bias → output
 
@@ -39,7 +41,7 @@ def relp(
     *,
     convolutions: str = "gamma",
     linear: str = "zero",
-    gamma: int | float = 0.25,
+    gamma: int | float = GAMMA,
     edges: bool = True,
     engine: str = "auto",
 ) -> Finding:
@@ -84,13 +86,15 @@ def relp_difference(
     protect: float = 1.0,
     convolutions: str = "gamma",
     linear: str = "zero",
-    gamma: int | float = 0.25,
+    gamma: int | float = GAMMA_OF_DIFFERENCE,
+    progress: bool = False,
 ) -> Finding:
     """Relevance of each unit on the concept, less what of it is above 0 on the reference: needed here and not there.
 
     ``mean R over the concept − protect · mean max(R, 0) over the reference``, with ``R = Σ_p (a − r) ⊙ c`` as in
     `relp`, each image judged by its own label. Below 0 on single reference images a unit stands in the way of
-    their answers; that does not make up for what others would lose, hence the maximum.
+    their answers; that does not make up for what others would lose, hence the maximum. In circuits each layer gives
+    half of its part, and the rest lie wherever relevance, which is in units of the label's logit, is highest.
 
     Parameters
     ----------
@@ -100,6 +104,8 @@ def relp_difference(
         How much the reference's relevance weighs; 0 leaves signed `relp`.
     convolutions, linear, gamma
         As for `relp`.
+    progress
+        Show a progress bar.
 
     Raises
     ------
@@ -115,13 +121,19 @@ def relp_difference(
     chosen = _rules(convolutions, linear, gamma)
     options = {"protect": protect, "convolutions": convolutions, "linear": linear, "gamma": gamma}
     units = {layer.address: torch.zeros(layer.n_units, dtype=torch.float64) for layer in task.layers}
-    with costing(task) as counted:
-        for which, n, weight in (("concept", len(task.concept), 1.0), ("reference", len(task.reference), -protect)):
+    parts = {"concept": (len(task.concept), 1.0), "reference": (len(task.reference), -protect)}
+    n_images = sum(n for n, weight in parts.values() if weight)
+    with (
+        costing(task) as counted,
+        tqdm(total=n_images, desc="relevance", unit="image", delay=2, disable=not progress) as bar,
+    ):
+        for which, (n, weight) in parts.items():
             for images, labels in counted.batches(which) if weight else ():
                 for layer, relevance in _of_images(counted, images, labels, chosen).items():
                     counts = relevance if which == "concept" else relevance.clamp(min=0)
                     units[layer] += weight / n * counts.sum(0)
-    return Finding("relp-difference", units, task.widths, {}, counted.passes, options)
+                bar.update(len(images))
+    return Finding("relp-difference", units, task.widths, {}, counted.passes, options, "half")
 
 
 def _of_images(task: Task, images: Tensor, labels: Tensor, rules: Mapping[str, Parts | None]) -> dict[str, Tensor]:
