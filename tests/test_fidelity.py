@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
 
@@ -261,25 +262,52 @@ def test_bound_finds_and_tests_on_the_same_photographs(fidelity, shown):
     assert sorted(places.test) == list(range(len(shown.concept[0])))
 
 
-def test_contrasts_share_one_attribution_and_give_the_same_scores(fidelity, task, monkeypatch):
-    removal = fidelity("removal")
-    plain, calls = removal.cross_layer.attribute, []
+@pytest.mark.parametrize(
+    ("names", "module", "computed"),
+    [
+        (("cla-ratio", "cla-difference", "cla-anchored", "cla"), "cross_layer", "attribute"),
+        (("relp-difference", "relp-anchored"), "relp_anchored", "relp_difference"),
+        (("anchored", "relp-anchored"), "", "Removing"),
+    ],
+)
+def test_methods_share_one_computation_and_give_the_same_scores(fidelity, task, monkeypatch, names, module, computed):
+    sharing, options = fidelity("sharing"), fidelity("roster").REMOVAL_OPTIONS
+    owner = getattr(sharing, module) if module else sharing
+    plain, calls = getattr(owner, computed), []
 
-    def counted(*given, **options):
+    @wraps(plain)
+    def counted(*given, **more):
         calls.append(given)
-        return plain(*given, **options)
+        return plain(*given, **more)
 
-    names = ("cla-ratio", "cla-difference", "cla-anchored", "cla")
-    alone = {name: find(task, name) for name in names}
-    monkeypatch.setattr(removal.cross_layer, "attribute", counted)
-    with removal.attributing_once() as shared:
-        together = {name: find(task, name) for name in names}
+    alone = {name: find(task, name, **options.get(name, {})) for name in names}
+    monkeypatch.setattr(owner, computed, counted)
+    with sharing.sharing():
+        together = {name: find(task, name, **options.get(name, {})) for name in names}
     assert len(calls) == 1
-    assert shared.seconds > 0
-    assert removal.cross_layer.attribute is counted
     for name, finding in together.items():
         for layer, scores in finding.units.items():
             torch.testing.assert_close(scores, alone[name].units[layer], rtol=1e-4, atol=1e-6)
+    if module != "cross_layer":  # what is shared there is counted by the one who asked for it
+        assert [cost(together[name]) for name in names] == [cost(alone[name]) for name in names]
+
+
+def cost(finding) -> tuple[int, int]:
+    return finding.passes.forward, finding.passes.backward
+
+
+def test_nothing_of_sharing_outlasts_it(fidelity):
+    sharing = fidelity("sharing")
+
+    def now():
+        at = sharing.anchored.Removing, sharing.relp_anchored.Removing, sharing.relp_anchored.relp_difference
+        return [*at, sharing.cross_layer.attribute, sharing.METHODS["relp-difference"]]
+
+    before = now()
+    with pytest.raises(RuntimeError, match="three"), sharing.sharing():
+        assert not any(each is other for each, other in zip(now(), before, strict=True))
+        raise RuntimeError("three")
+    assert now() == before
 
 
 def test_sampled_removals_are_those_of_the_oracle(fidelity, task):

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fidelity import photographs
 from fidelity.planted import correlated
-from fidelity.removal import BEHAVIOUR, attributing_once
+from fidelity.removal import BEHAVIOUR
 from fidelity.roster import ORACLE, Contender, attempted
+from fidelity.sharing import sharing
 from fidelity.store import Entry, Work, digest_of
 from viscircuits.ablation import ablate
 from viscircuits.circuit import Circuit, Unit
@@ -60,7 +61,7 @@ class Job:
             exact = removed(task, *sample)
             entry = {"network": self.network, "method": ORACLE, "scores": exact}
             cells.keep(oracle, entry)
-        with attributing_once():
+        with sharing():
             for contender in self.contenders:
                 key = f"{self.name}/{contender.title}"
                 if key not in cells.known:

@@ -10,25 +10,21 @@ how far a circuit of that size can get where it need not be carried over to new 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from fidelity import photographs
 from fidelity.photographs import Fold, Photographs
 from fidelity.roster import BLIND, FEWER, RECOMMENDED, Contender, attempted
+from fidelity.sharing import sharing
 from fidelity.store import Entry, Work
 from viscircuits.ablation import Statistics, ablate, measure
 from viscircuits.circuit import Circuit
 from viscircuits.hooks import evaluating, forward
-from viscircuits.matrices import Attributions
-from viscircuits.methods import cross_layer
 from viscircuits.prefix import Prefix
 from viscircuits.task import Finding, Task, make_task
 
@@ -82,7 +78,7 @@ class Job:
             return
         shown = photographs.load(self.network, self.source, self.concept, self.cache)
         testing = Testing(shown)
-        with attributing_once() as shared:
+        with sharing() as shared:
             for fold, contender in self._cells():
                 key = self.key(fold, contender)
                 if key in cells.known:
@@ -176,39 +172,6 @@ class Testing:
             return
         with ablate(self.shown.spec, circuit, ablation, reference=self.statistics):
             yield
-
-
-@dataclass
-class Shared:
-    """What methods that share an attribution saved: seconds that belong to the one now running too."""
-
-    seconds: float = 0.0
-
-
-@contextmanager
-def attributing_once() -> Iterator[Shared]:
-    """Let the contrasts of cross-layer attribution share its matrices: they differ in what they make of them."""
-    shared, plain = Shared(), cross_layer.attribute
-    kept: dict[tuple[Any, ...], tuple[Attributions, float]] = {}
-
-    def attribute(spec: Any, images: Tensor, layers: Sequence[str], *, reference: Tensor | None, **options: Any):
-        mark = (tuple(layers), len(images), images.double().sum().item(), reference is not None)
-        if reference is None and (*mark[:-1], True) in kept:
-            mark = (*mark[:-1], True)
-        if mark in kept:
-            shared.seconds += kept[mark][1]
-            return kept[mark][0]
-        begun = time.perf_counter()
-        found = plain(spec, images, layers, reference=reference, **options)
-        kept.clear()
-        kept[mark] = found, time.perf_counter() - begun
-        return found
-
-    cross_layer.attribute = attribute  # type: ignore[assignment]
-    try:
-        yield shared
-    finally:
-        cross_layer.attribute = plain
 
 
 def jobs(
