@@ -9,7 +9,7 @@ from torch import nn
 from viscircuits.errors import ViscircuitsError
 from viscircuits.hooks import count_hooks
 from viscircuits.methods import find
-from viscircuits.methods.removing import Path, Removing
+from viscircuits.methods.removing import Removal, Removing, standard
 from viscircuits.task import make_task
 
 BRIEF = {"sizes": (0.25, 0.5), "steps_a_size": 3, "images_a_step": (4, 4)}
@@ -34,16 +34,43 @@ def test_what_only_the_concept_needs_comes_first_and_what_others_need_last():
         assert scores.argmin() == 2, layer
 
 
-def test_it_is_relevance_over_the_spread_of_all_layers_and_effects_over_that_of_their_own():
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"protect": 0.5, "caution": 0.7, "answers": "own", "raise_weight": 3.0},
+        {"protect": 2.0, "linear": "gamma", "convolutions": "z-plus", "gamma": 2.0},
+    ],
+)
+def test_it_is_relevance_over_the_spread_of_all_layers_and_effects_over_that_of_their_own(more):
     asked, weight = task(), 0.7
-    found = find(asked, "relp-anchored", effect_weight=weight, **BRIEF)
-    relevance = find(asked, "relp-difference").units
-    removing = Removing(asked, Path(**BRIEF).checked(asked))
-    removing.ranked(progress=False)
+    found = find(asked, "relp-anchored", effect_weight=weight, **BRIEF, **more)
+    of_relevance = {name: more[name] for name in ("protect", "linear", "convolutions", "gamma") if name in more}
+    of_removal = {name: more[name] for name in ("protect", "caution", "answers", "raise_weight") if name in more}
+    relevance = find(asked, "relp-difference", **of_relevance).units
+    removing = Removing(asked, Removal(**BRIEF, **of_removal).checked(asked))
+    removing.walk(progress=False)
     over_all = torch.cat(list(relevance.values())).std(correction=0)
     for layer, effects in removing.effects_of_removal().items():
         expected = relevance[layer] / over_all + weight * effects / effects.std(correction=0)
         assert torch.allclose(found.units[layer], expected)
+
+
+def test_its_options_find_the_same_again():
+    found = find(task(), "relp-anchored", **BRIEF)
+    again = find(task(), "relp-anchored", **{**found.options, "images_a_step": (4, 4)})  # kept as a list, for JSON
+    assert all(torch.equal(found.units[layer], again.units[layer]) for layer in found.units)
+
+
+@pytest.mark.parametrize("method", ["relp-difference", "relp-anchored"])
+def test_circuits_are_cut_by_half(method):
+    assert find(task(), method).circuit(0.5).provenance["share"] == "half"
+
+
+def test_scores_that_do_not_differ_say_nothing():
+    """A layer of one unit has no spread to be measured by; rounding is none either."""
+    for scores in ([-0.3], [0.1, 0.1, 0.1 + 1e-17], [0.0, 0.0]):
+        assert standard(torch.tensor(scores, dtype=torch.float64)).tolist() == [0.0] * len(scores)
 
 
 def test_without_the_effect_it_is_the_difference_of_relevance():
@@ -55,7 +82,7 @@ def test_without_the_effect_it_is_the_difference_of_relevance():
 
 def test_what_others_lose_counts_in_both_parts():
     asked = task()
-    spared, not_spared = (find(asked, "relp-anchored", protect=weight, **BRIEF).units["2"] for weight in (1.0, 0.0))
+    spared, not_spared = (find(asked, "relp-anchored", protect=weight, **BRIEF).units["2"] for weight in (1.0, 0.01))
     assert spared[1] < not_spared[1]  # the unit that both answers rest on
 
 
@@ -76,7 +103,9 @@ def test_it_costs_what_its_parts_cost_and_says_what_it_was_given():
     [
         ({"effect_weight": -1.0}, "effect_weight is 0 or more"),
         ({"effect_weight": math.nan}, "effect_weight is 0 or more"),
-        ({"protect": -1.0}, "protect is a weight of 0 or more"),
+        ({"protect": 0.0}, "protect is a weight above 0"),
+        ({"protect": math.inf}, "protect is a weight above 0"),
+        ({"caution": math.nan}, "caution is a weight of 0 or more"),
         ({"gamma": -1.0}, "γ must be 0 or more"),
         ({"sizes": (0.5, 0.2)}, "rising"),
         ({"answers": "typo"}, "typo"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from viscircuits.circuit import Circuit
 from viscircuits.errors import ViscircuitsError
 from viscircuits.hooks import count_hooks
 from viscircuits.task import Finding, Passes, costing, log_probability, logit, make_task, margin, observe, outcomes
@@ -107,6 +108,23 @@ def test_with_half_each_layer_gives_half_of_its_part_and_the_rest_lie_wherever_s
     assert dict(finding.circuit({"a": 1, "b": 2, "c": 1}, share="half").units) == {"a": (9,), "b": (8, 9), "c": (9,)}
     assert replace(finding, share="half").circuit(0.4) == circuit
     assert replace(finding, share="half").circuit(0.4, share="per layer") == finding.circuit(0.4)
+
+
+def test_with_half_no_score_changes_and_those_that_are_no_numbers_take_no_ones_part():
+    scores = {"a": torch.full((10,), torch.inf), "b": torch.arange(10.0), "c": torch.full((10,), torch.nan)}
+    given = {layer: each.double() for layer, each in scores.items()}
+    finding = Finding("by hand", given, dict.fromkeys("abc", 10), share="half")
+    sizes = {layer: len(units) for layer, units in finding.circuit(4).units.items()}
+    assert sum(sizes.values()) == 12
+    assert min(sizes.values()) >= 2
+    assert given["b"].tolist() == list(range(10))
+
+
+def test_a_circuit_with_an_empty_layer_is_read_as_it_was_saved(tmp_path):
+    circuit = FINDING.circuit(0.2, share="over all")
+    assert circuit.units["b"] == ()
+    circuit.save(tmp_path / "circuit.json")
+    assert Circuit.load(tmp_path / "circuit.json") == circuit
 
 
 def test_a_size_or_share_that_is_not_possible_is_refused():

@@ -117,7 +117,7 @@ def _complete(options: argparse.Namespace) -> None:
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     known = {"only": PARTS, "planted": PLANTED, "networks": photographs.NETWORKS}
-    titles = [each.title for each in roster.of_planted(None)]
+    titles = [each.title for each in (*roster.of_planted(None), *roster.of_removal(None))]
     for name, names in {**known, "methods": [*METHODS, *titles]}.items():
         if unknown := set(getattr(options, name) or ()) - set(names):
             parser.error(f"no --{name} {', '.join(sorted(unknown))}; choose from {', '.join(dict.fromkeys(names))}")

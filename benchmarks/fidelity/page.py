@@ -249,13 +249,13 @@ def _difference(results: Entry, method: str) -> str:
 
 
 def _bounds(results: Entry) -> str:
-    """Selectivity of the search found on the photographs that test it, beside what is recommended, held out."""
+    """Selectivity if the whole concept were lost, of the search found where it is tested, of the remover held out."""
     rows = []
     for name, each in _concepts(results):
         if "bound" in each:
             triples = [(of(each, MOST, *at), of(each["bound"], *at), of(each, "after", *at, REMOVER)) for at in MAIN]
             rows.append([name, *(" / ".join(number(of(entry, "value")) for entry in three) for three in triples)])
-    return table(["all there is / bound / held out", *_main_head()], rows) if rows else ""
+    return table(["all of it and nothing else / bound / held out", *_main_head()], rows) if rows else ""
 
 
 def _main_head() -> list[str]:

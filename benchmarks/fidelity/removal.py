@@ -4,7 +4,7 @@ A cell is one method on one fold of one concept in one network. Its scores are f
 asked under each), and circuits of all sizes are cut from them; each is removed under both ablations from photographs
 held out. What is kept is which of them are still answered right, so that folds can be pooled and images drawn again.
 
-The cells of the *bound* are found on the very photographs that test them, by the strongest search there is. They say
+The cells of the *bound* are found on the very photographs that test them, by a strong search. They say
 how far a circuit of that size can get where it need not be carried over to new photographs; they are no results.
 """
 
@@ -28,7 +28,7 @@ from viscircuits.hooks import evaluating, forward
 from viscircuits.prefix import Prefix
 from viscircuits.task import Finding, Task, make_task
 
-FORMAT = 1
+FORMAT = 1  # one more whenever circuits are cut or tested in another way
 SIZES = (0.01, 0.02, 0.05, 0.10)
 ABLATIONS = ("mean", "zero")
 BEHAVIOUR = "logit"  # an answer's rivals are mostly its kin: a difference from them would hide what they share

@@ -72,7 +72,7 @@ REMOVAL_OPTIONS: dict[str, dict[str, Any]] = {
     "anchored": {"protect": 1.0, "edges": False},
 }
 REMOVAL_MORE = [  # the control with its units shared out between layers as the remover's are
-    Contender(f"{AGAINST}, half", AGAINST, share="half")
+    Contender(f"{AGAINST} half", AGAINST, share="half")
 ]
 REMOVAL_LEAVES_OUT = {
     "exact": "a forward pass for each unit: 7 104 units × 48 photographs, some 50 minutes a circuit",

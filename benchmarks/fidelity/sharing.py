@@ -18,7 +18,7 @@ from torch import Tensor
 
 from viscircuits.matrices import Attributions
 from viscircuits.methods import METHODS, anchored, cross_layer, relp_anchored
-from viscircuits.methods.removing import Path, Removing
+from viscircuits.methods.removing import Removal, Removing
 from viscircuits.task import Finding, Task
 
 
@@ -35,16 +35,19 @@ class Shared:
 class Walked:
     """A path of removal that is walked once; whoever asks again is told what it found, and what it cost."""
 
-    def __init__(self, task: Task, path: Path) -> None:
+    def __init__(self, task: Task, removal: Removal) -> None:
         begun = time.perf_counter()
         before = task.passes.forward, task.passes.backward
-        self.removing = Removing(task, path)
-        self.ranks = self.removing.ranked(progress=False)
+        self.removing = Removing(task, removal)
+        self.removing.walk(progress=False)
         self.forward, self.backward = task.passes.forward - before[0], task.passes.backward - before[1]
         self.seconds = time.perf_counter() - begun
 
-    def ranked(self, progress: bool) -> dict[str, Tensor]:
-        return self.ranks
+    def walk(self, progress: bool) -> None:
+        """Done."""
+
+    def ranks(self) -> dict[str, Tensor]:
+        return self.removing.ranks()
 
     def effects_of_removal(self) -> dict[str, Tensor]:
         return self.removing.effects_of_removal()
@@ -91,10 +94,10 @@ def _relevance(shared: Shared, alone: Callable[..., Finding], task: Task, **opti
     return shared.relevances[mark]
 
 
-def _path(shared: Shared, task: Task, path: Path) -> Walked:
-    mark = (_asked(task), path)
+def _path(shared: Shared, task: Task, removal: Removal) -> Walked:
+    mark = (_asked(task), removal)
     if mark not in shared.paths:
-        _keep(shared.paths, mark, Walked(task, path))
+        _keep(shared.paths, mark, Walked(task, removal))
     else:
         known = shared.paths[mark]
         task.passes.forward += known.forward

@@ -130,6 +130,8 @@ def gradient(spec: ModelSpec, layers: Sequence[str], images: Images, batch_size:
 def at_size(circuit: Circuit, scores: UnitScores, fraction: float) -> Circuit:
     """The best part of a circuit's ranking: this share of each layer's units, and at least one.
 
+    A circuit of unequal shares has a ranking all the same, but none of these parts is the circuit itself.
+
     Raises
     ------
     ViscircuitsError

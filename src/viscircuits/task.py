@@ -184,8 +184,8 @@ class Finding:
         share
             ``per layer``: each layer gives its own part. ``over all``: a fraction of the units of all layers
             together, wherever they lie; `k` is then that fraction, or the number in all. ``half``: as many in all as
-            ``per layer``, of which each layer gives half of its part, and the rest lie wherever scores are highest.
-            By default, what the method was made for.
+            ``per layer``, of which each layer gives half of its part, rounded down, and the rest lie wherever scores
+            are highest; a number for each layer is taken as it is. By default, what the method was made for.
 
         Raises
         ------
@@ -198,7 +198,9 @@ class Finding:
         for layer, size in sizes.items():
             of_layer = self.units[layer].double().cpu()
             chosen = largest(of_layer, size)
-            units[layer], scores[layer] = tuple(chosen.tolist()), tuple(of_layer[chosen].tolist())
+            units[layer] = tuple(chosen.tolist())
+            if size:
+                scores[layer] = tuple(of_layer[chosen].tolist())
         made = {"method": self.method, "options": dict(self.options), "passes": asdict(self.passes), "share": share}
         return Circuit(units, dict(self.widths), scores, self._edges(units), provenance=made)
 
@@ -218,15 +220,15 @@ class Finding:
         return self._wherever(sum(sizes.values()), {layer: size // 2 for layer, size in sizes.items()})
 
     def _wherever(self, n: int, least: Mapping[str, int]) -> dict[str, int]:
-        """Layer → how many of the `n` units with the highest scores it has, if each has its `least` beforehand."""
-        layer_of = [layer for layer, width in self.widths.items() for _ in range(width)]
-        parts = []
-        for layer in self.widths:
-            scores = self.units[layer].double().cpu().clone()
-            scores[largest(scores, least[layer])] = torch.inf
-            parts.append(scores)
-        taken = Counter(layer_of[i] for i in largest(torch.cat(parts), n).tolist())
-        return {layer: taken[layer] for layer in self.widths}
+        """Layer → its `least`, and how many of the units with the highest scores among all others, `n` in all."""
+        places, scores = [], []
+        for layer, of_layer in self.units.items():
+            left = torch.ones(len(of_layer), dtype=torch.bool)
+            left[largest(of_layer.double().cpu(), least[layer])] = False
+            places += [layer] * int(left.sum())
+            scores.append(of_layer.double().cpu()[left])
+        more = Counter(places[i] for i in largest(torch.cat(scores), n - sum(least.values())).tolist())
+        return {layer: least[layer] + more[layer] for layer in self.widths}
 
     def _edges(self, units: Mapping[str, tuple[int, ...]]) -> tuple[Edge, ...]:
         edges: list[Edge] = []

@@ -18,6 +18,7 @@ Where its constants were set is told in docs/rivals.md.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from viscircuits.errors import ViscircuitsError
 from viscircuits.methods.patching import eap_ig
-from viscircuits.methods.removing import ANSWERS, CAUTION, IMAGES_A_STEP, SIZES, STEPS_A_SIZE, Path, Removing
+from viscircuits.methods.removing import ANSWERS, CAUTION, IMAGES_A_STEP, SIZES, STEPS_A_SIZE, Removal, Removing
 from viscircuits.scores.formulas import choose
 from viscircuits.task import Finding, Pair, Passes, Task, costing
 
@@ -91,16 +92,18 @@ def anchored(
     Ours. Paths: Sundararajan et al. 2017, arXiv:1703.01365; Hanna et al. 2024, arXiv:2403.17806. Removing step
     by step while gates may reopen is iterative pruning (Mostafa and Wang 2019, arXiv:1902.05967).
     """
-    if protect < 0:
+    if not 0 <= protect < inf:
         raise ViscircuitsError(f"protect is a weight of 0 or more, got {protect}")
     choose(ANSWERS, answers, "way to judge answers")
     options = {"protect": protect, "steps": steps, "edges": edges, "engine": engine}
     if not protect:
         return _explained(task, steps, edges, engine, options)
-    path = Path(protect, tuple(sizes), steps_a_size, images_a_step, raise_weight, caution, answers).checked(task)
+    removal = Removal(protect, tuple(sizes), steps_a_size, images_a_step, raise_weight, caution, answers).checked(task)
     with costing(task) as counted:
-        ranks = Removing(counted, path).ranked(progress)
-    options |= path.options
+        removing = Removing(counted, removal)
+        removing.walk(progress)
+        ranks = removing.ranks()
+    options |= removal.options
     found: Mapping[Pair, Tensor] = {}
     if edges:
         explained = _explained(task, steps, True, engine, {})

@@ -93,8 +93,8 @@ def relp_difference(
 
     ``mean R over the concept − protect · mean max(R, 0) over the reference``, with ``R = Σ_p (a − r) ⊙ c`` as in
     `relp`, each image judged by its own label. Below 0 on single reference images a unit stands in the way of
-    their answers; that does not make up for what others would lose, hence the maximum. In circuits each layer gives
-    half of its part, and the rest lie wherever relevance, which is in units of the label's logit, is highest.
+    their answers; that does not make up for what others would lose, hence the maximum. Circuits are cut
+    by ``half`` (`viscircuits.task.Finding.circuit`): relevance is in units of the label's logit in every layer.
 
     Parameters
     ----------
@@ -133,7 +133,7 @@ def relp_difference(
                     counts = relevance if which == "concept" else relevance.clamp(min=0)
                     units[layer] += weight / n * counts.sum(0)
                 bar.update(len(images))
-    return Finding("relp-difference", units, task.widths, {}, counted.passes, options, "half")
+    return Finding("relp-difference", units, task.widths, {}, counted.passes, options, share="half")
 
 
 def _of_images(task: Task, images: Tensor, labels: Tensor, rules: Mapping[str, Parts | None]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 import torch
@@ -43,10 +44,11 @@ RAISED = 1.0  # standard deviations of the reference from which on an output is 
 IMAGES_FOR_EQUAL_WEIGHT = 64
 LEAST_WEIGHT = 0.1  # of an image's own answer
 MEMORY = 0.9  # of the running mean of effects, a step
+ROUNDING = 1e-12  # of the largest score
 
 
 @dataclass(frozen=True)
-class Path:
+class Removal:
     """How units are removed; the parameters are those of `viscircuits.methods.anchored.anchored`."""
 
     protect: float = 1.0
@@ -64,7 +66,7 @@ class Path:
         del kept["protect"]
         return kept
 
-    def checked(self, task: Task) -> Path:
+    def checked(self, task: Task) -> Removal:
         """The same with the weight of the raise settled.
 
         Raises
@@ -72,6 +74,9 @@ class Path:
         ViscircuitsError
             If a number makes no sense, or there is but one reference image.
         """
+        for name, weight in (("protect", self.protect), ("caution", self.caution)):
+            if not 0 <= weight < inf:
+                raise ViscircuitsError(f"{name} is a weight of 0 or more, got {weight}")
         choose(ANSWERS, self.answers, "way to judge answers")
         if len(task.reference) < 2:
             raise ViscircuitsError("one reference image has no spread to set the concept against; give 2 or more")
@@ -140,9 +145,9 @@ ANSWERS = {"concept": Answers.of, "own": Answers.own}
 class Removing:
     """Removes units step by step and keeps account of what each does to the anchor."""
 
-    def __init__(self, task: Task, path: Path) -> None:
-        self.task, self.path = task, path
-        self.n_concept, self.n_reference = path.images_a_step
+    def __init__(self, task: Task, removal: Removal) -> None:
+        self.task, self.removal = task, removal
+        self.n_concept, self.n_reference = removal.images_a_step
         images = torch.cat([task.concept, task.reference])
         self.labels = torch.cat([task.concept_labels, task.reference_labels])
         self.generator = torch.Generator().manual_seed(task.seed)
@@ -150,9 +155,10 @@ class Removing:
         task.passes.forward += len(images)  # what is replayed afterwards
         self.raised, outputs = self._look()
         n = len(task.concept)
-        self.answers = ANSWERS[path.answers](outputs[:n], outputs[n:], self.labels[:n], self.labels[n:])
+        self.answers = ANSWERS[removal.answers](outputs[:n], outputs[n:], self.labels[:n], self.labels[n:])
         self.effects = {layer.address: torch.zeros(3, layer.n_units, dtype=torch.float64) for layer in task.layers}
         self.removed = {layer.address: torch.zeros(layer.n_units, dtype=torch.bool) for layer in task.layers}
+        self.tier = {layer.address: torch.zeros(layer.n_units, dtype=torch.float64) for layer in task.layers}
 
     def _look(self) -> tuple[dict[str, Tensor], Tensor]:
         """How far the concept raises each unit, in deviations of the reference; and all outputs."""
@@ -175,10 +181,9 @@ class Removing:
             raised[address] = (level[:n].mean(0) - level[n:].mean(0)) / (spread + 0.1 * spread.mean()).clamp(min=1e-12)
         return raised, torch.cat(outputs)
 
-    def ranked(self, progress: bool) -> dict[str, Tensor]:
-        """Each unit's rank, the larger the sooner it is removed, with its score as the fraction."""
-        last, sizes, steps = 0.0, self.path.sizes, self.path.steps_a_size
-        tier = {layer: torch.zeros(len(removed), dtype=torch.float64) for layer, removed in self.removed.items()}
+    def walk(self, progress: bool) -> None:
+        """Remove units step by step, from the first size to the last."""
+        last, sizes, steps = 0.0, self.removal.sizes, self.removal.steps_a_size
         with tqdm(total=len(sizes) * steps, desc="removing", unit="step", delay=2, disable=not progress) as bar:
             for number, size in enumerate(sizes):
                 kept_out = {layer: removed.clone() for layer, removed in self.removed.items()}
@@ -188,9 +193,12 @@ class Removing:
                     self._remove(last + part * (size - last), kept_out)
                     bar.update()
                 for layer, removed in self.removed.items():
-                    tier[layer] += removed
+                    self.tier[layer] += removed
                 last = size
-        return {layer: tier[layer] + _between_0_and_1(scores) for layer, scores in self._scores().items()}
+
+    def ranks(self) -> dict[str, Tensor]:
+        """After the walk: each unit's rank, the larger the sooner it was removed, with its score as the fraction."""
+        return {layer: self.tier[layer] + _between_0_and_1(scores) for layer, scores in self._scores().items()}
 
     def _step(self, done: int) -> None:
         """One batch: the running mean of effects moves towards its derivatives in the gates."""
@@ -230,14 +238,14 @@ class Removing:
         return {layer.address: tap(layer) for layer in self.task.layers}
 
     def effects_of_removal(self) -> dict[str, Tensor]:
-        """Layer → what each unit does for the concept's answers less what it does for others', where the path ends."""
+        """Layer → what each unit does for the concept's answers less what it does for others', by the last steps."""
         found = {}
         for layer, (concept, reference, square) in self.effects.items():
-            found[layer] = concept - self.path.protect * (reference + self.path.caution * square.sqrt())
+            found[layer] = concept - self.removal.protect * (reference + self.removal.caution * square.sqrt())
         return found
 
     def _scores(self) -> dict[str, Tensor]:
-        weight = self.path.raise_weight or 0.0
+        weight = self.removal.raise_weight or 0.0
         return {
             layer: standard(effects) + weight * standard(self.raised[layer])
             for layer, effects in self.effects_of_removal().items()
@@ -259,8 +267,11 @@ def _by_image(gates: Tensor, like: Tensor, unit_axis: int) -> Tensor:
 
 
 def standard(scores: Tensor) -> Tensor:
-    """Divided by their spread."""
-    return scores / scores.std(correction=0).clamp(min=1e-12)
+    """Divided by their spread; all 0 where they do not differ by more than rounding."""
+    spread = scores.std(correction=0)
+    if spread <= ROUNDING * scores.abs().max():
+        return torch.zeros_like(scores)
+    return scores / spread
 
 
 def _between_0_and_1(scores: Tensor) -> Tensor:
