@@ -94,6 +94,21 @@ def test_folds_are_pooled_photograph_by_photograph(fidelity):
     assert found["most"]["mean"]["0.05"]["value"] == 0.75  # three of four were answered right
 
 
+def test_a_perfect_removal_stands_beside_the_search_and_the_remover(fidelity):
+    """Of a concept always right all can be lost; the control takes nothing, so that both intervals keep apart."""
+    page, summary, roster = fidelity("page"), fidelity("summary"), fidelity("roster")
+    idle, taken = ("1" * 40, "1" * 40), ("1" * 40, "0" * 20 + "1" * 20)
+    kept = "1" * 40, "1" * 40
+    found = summary.of_concept(
+        [fold(0, idle, kept, roster.AGAINST), fold(0, taken, kept, roster.REMOVER)], roster.AGAINST
+    )
+    found["bound"] = {ablation: {"0.05": {"value": 0.75}, "0.1": {"value": 0.75}} for ablation in ("mean", "zero")}
+    results = {"removal": {"lite0": {"groups": {"concepts": {"dog": found}}}}}
+    assert "1.00 / 0.75 / 0.50" in page._bounds(results)
+    assert page._most([found], "0.05").endswith("would not touch for 1")
+    assert page._most([{}], "0.05") == ""
+
+
 def test_method_without_all_folds_is_left_out(fidelity):
     fell = ("1", "0"), ("1", "1")
     cells = [fold(0, *fell), fold(1, *fell), fold(0, *fell, "partly")]
