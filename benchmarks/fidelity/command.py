@@ -30,7 +30,7 @@ from viscircuits.methods import METHODS
 from viscircuits.planted import PLANTED
 
 ROOT = Path(__file__).resolve().parents[2]
-FILE, FORMAT, DIGITS = "fidelity.json", 1, 6
+FILE, FORMAT, DIGITS = "fidelity.json", 1, 4
 PARTS = ("planted", "real")
 QUICK_NETWORKS = ("circle", "suppressor", "copies")
 
@@ -206,7 +206,7 @@ def gathered(jobs: Sequence[Job], work: Work, options: argparse.Namespace) -> En
         "seconds": sum(cell["took"] for each in cells.values() for cell in each),
         "seeds": options.seeds,
         "found_under": options.found_under,
-        "planted": [_without(cell, "scores", "took") for cell in of_part["planted"]],
+        "planted": [_brief(cell) for cell in of_part["planted"]],
         "agreement": [_without(cell, "scores", "took") for cell in of_part["agreement"]],
         "removal": removals(of_part["removal"]),
         "cost": costs,
@@ -230,9 +230,26 @@ def removals(cells: Sequence[Entry]) -> Entry:
             known = {name: each for name, each in concepts.items() if each}
             if known:
                 mean = over_concepts(list(known.values()), AGAINST)
-                plain = {name: _without(each, "draws") for name, each in known.items()}
-                found.setdefault(network, {})[source] = {"concepts": plain, "mean": mean}
+                plain = {
+                    name: {**_without(each, "draws"), "after": _lean(each["after"])} for name, each in known.items()
+                }
+                found.setdefault(network, {})[source] = {"concepts": plain, "mean": _lean(mean)}
     return found
+
+
+def _lean(found: Entry) -> Entry:
+    """Ablation → size → method → entry; its difference from the control only where the page tells of it, and ``apart``
+    only where it holds."""
+    told = (roster.REMOVER, roster.RECOMMENDED)
+
+    def kept(name: str, each: Entry) -> Entry:
+        each = each if name in told else _without(each, "difference")
+        return each if each.get("apart") else _without(each, "apart")
+
+    return {
+        ablation: {size: {name: kept(name, each) for name, each in entries.items()} for size, entries in sizes.items()}
+        for ablation, sizes in found.items()
+    }
 
 
 def _concept(cells: Sequence[Entry], concept: str) -> Entry:
@@ -245,6 +262,12 @@ def _concept(cells: Sequence[Entry], concept: str) -> Entry:
             for ablation, sizes in bound["after"].items()
         }
     return found
+
+
+def _brief(cell: Entry) -> Entry:
+    """A planted cell without its scores, the reason that is told once for all, and recall, which is precision."""
+    kept = _without(cell, "scores", "took", "reason")
+    return {**kept, **{part: _without(kept[part], "recall") for part in ("units", "edges") if kept.get(part)}}
 
 
 def _without(entry: Entry, *keys: str) -> Entry:

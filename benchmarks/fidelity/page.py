@@ -308,7 +308,7 @@ def _ahead(concepts: Iterable[Entry], size: str, method: str) -> str:
     if not known:
         return ""
     above = sum(each["difference"]["value"] > 0 for each in known)
-    apart = sum(each["apart"] for each in known)
+    apart = sum(each.get("apart", False) for each in known)
     return f"`{method}` for {above} of {len(known)}, with intervals that do not touch for {apart}"
 
 
