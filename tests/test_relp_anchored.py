@@ -111,8 +111,9 @@ def test_it_costs_what_its_parts_cost_and_says_what_it_was_given():
         ({"answers": "typo"}, "typo"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options, reason):
+def test_options_that_make_no_sense_are_refused_before_anything_is_run(options, reason, monkeypatch):
     asked = task()
+    monkeypatch.setattr(Removing, "walk", lambda *_: pytest.fail("walked"))
     with pytest.raises(ViscircuitsError, match=reason):
         find(asked, "relp-anchored", **options)
     assert count_hooks(asked.spec.model) == 0

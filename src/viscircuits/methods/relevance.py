@@ -71,7 +71,7 @@ def relp(
     Rezaei Jafari et al. 2025, arXiv:2508.21258; Montavon et al. 2019, doi:10.1007/978-3-030-28954-6_10 (γ, z⁺);
     Ali et al. 2022, arXiv:2202.07304 (attention, layer norm); Arras et al. 2017, arXiv:1706.07206 (gates).
     """
-    chosen = _rules(convolutions, linear, gamma)
+    chosen = rules_of(convolutions, linear, gamma)
     options = {"convolutions": convolutions, "linear": linear, "gamma": gamma, "edges": edges, "engine": engine}
     with costing(task) as counted:
         found = first_order(
@@ -118,7 +118,7 @@ def relp_difference(
     """
     if not 0 <= protect < inf:
         raise ViscircuitsError(f"protect is a weight of 0 or more, got {protect}")
-    chosen = _rules(convolutions, linear, gamma)
+    chosen = rules_of(convolutions, linear, gamma)
     options = {"protect": protect, "convolutions": convolutions, "linear": linear, "gamma": gamma}
     units = {layer.address: torch.zeros(layer.n_units, dtype=torch.float64) for layer in task.layers}
     parts = {"concept": (len(task.concept), 1.0), "reference": (len(task.reference), -protect)}
@@ -148,7 +148,14 @@ def _of_images(task: Task, images: Tensor, labels: Tensor, rules: Mapping[str, P
     return found
 
 
-def _rules(convolutions: str, linear: str, gamma: int | float) -> dict[str, Parts | None]:
+def rules_of(convolutions: str, linear: str, gamma: int | float) -> dict[str, Parts | None]:
+    """The rule of each operation.
+
+    Raises
+    ------
+    ViscircuitsError
+        If a rule is unknown or γ is negative.
+    """
     if not 0 <= gamma < inf:
         raise ViscircuitsError(f"γ must be 0 or more, got {gamma}; 0 is the plain gradient")
     return {

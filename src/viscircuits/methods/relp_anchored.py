@@ -19,7 +19,7 @@ from math import inf
 import torch
 
 from viscircuits.errors import ViscircuitsError
-from viscircuits.methods.relevance import GAMMA_OF_DIFFERENCE, relp_difference
+from viscircuits.methods.relevance import GAMMA_OF_DIFFERENCE, relp_difference, rules_of
 from viscircuits.methods.removing import CAUTION, IMAGES_A_STEP, SIZES, STEPS_A_SIZE, Removal, Removing, standard
 from viscircuits.task import Finding, Task, costing
 
@@ -74,6 +74,7 @@ def relp_anchored(
         raise ViscircuitsError(f"protect is a weight above 0, got {protect}; where nothing is protected, use 'relp'")
     if not 0 <= effect_weight < inf:
         raise ViscircuitsError(f"effect_weight is 0 or more, got {effect_weight}")
+    rules_of(convolutions, linear, gamma)  # refused before the path is walked
     removal = Removal(protect, tuple(sizes), steps_a_size, images_a_step, raise_weight, caution, answers)
     with costing(task) as counted:
         effects = {}

@@ -112,7 +112,8 @@ class Answers:
         if bool((weights > 0).all()):
             raise ViscircuitsError(
                 f"every one of the network's {len(weights)} outputs is an answer of the concept's images, so there is "
-                "nothing to protect; use protect=0, a concept of fewer classes, or answers='own'"
+                "nothing to protect; give a concept of fewer classes or answers='own', or ask what computes the "
+                "answers: 'anchored' with protect=0"
             )
         return cls(weights / weights.sum(), _scale(reference, reference_labels))
 
