@@ -15,7 +15,8 @@ ReLUs with the 0-rule throughout, this is attribution patching.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import inf
 from typing import Any
@@ -126,21 +127,20 @@ def relp_difference(
     with (
         costing(task) as counted,
         tqdm(total=n_images, desc="relevance", unit="image", delay=2, disable=not progress) as bar,
+        propagating(task.spec.model, **chosen),
     ):
         for which, (n, weight) in parts.items():
             for images, labels in counted.batches(which) if weight else ():
-                for layer, relevance in _of_images(counted, images, labels, chosen).items():
+                for layer, relevance in _of_images(counted, images, labels).items():
                     counts = relevance if which == "concept" else relevance.clamp(min=0)
                     units[layer] += weight / n * counts.sum(0)
                 bar.update(len(images))
     return Finding("relp-difference", units, task.widths, {}, counted.passes, options, share="half")
 
 
-def _of_images(task: Task, images: Tensor, labels: Tensor, rules: Mapping[str, Parts | None]) -> dict[str, Tensor]:
-    """Layer → ``Σ_p (a − r) ⊙ c`` of each unit on each image."""
-    with propagating(task.spec.model, **rules):
-        seen = observe(task, images, labels)
-    found = {}
+def _of_images(task: Task, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Layer → ``Σ_p (a − r) ⊙ c`` of each unit on each image, while relevance is propagated."""
+    seen, found = observe(task, images, labels), {}
     for layer in task.layers:
         values = seen.values[layer.address]
         relevance = (values - task.baseline(layer, values)) * seen.gradients[layer.address]
@@ -195,6 +195,8 @@ class _Propagation(TorchFunctionMode):
         super().__init__()
         self.parts = {"linear": linear, "conv1d": convolution, "conv2d": convolution, "conv3d": convolution}
         self.last: tuple[Tensor, Callable, tuple, dict] | None = None  # a convolution that batch norm may follow
+        self.used: Counter[int] = Counter()  # parameter → how often it was convolved with
+        self.normed: Counter[int] = Counter()  # and how often batch norm explained that too
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -215,9 +217,13 @@ class _Propagation(TorchFunctionMode):
             return func(*args, **kwargs)
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
         others = {key: value for key, value in kwargs.items() if key != "bias"}
-        output = _explained(parts, lambda x, w, b: func(x, w, b, *args[3:], **others), args[0], args[1], bias)
+        if 0 < self.used[id(args[1])] == self.normed[id(args[1])]:
+            output = func(*args, **kwargs)  # what batch norm makes of it is explained
+        else:
+            output = _explained(parts, lambda x, w, b: func(x, w, b, *args[3:], **others), args[0], args[1], bias)
         if name != "linear":
             self.last = output, func, (*args[:2], bias, *args[3:]), others
+            self.used[id(args[1])] += isinstance(args[1], nn.Parameter)
         return output
 
     def _batch_norm(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
@@ -228,6 +234,7 @@ class _Propagation(TorchFunctionMode):
         if parts is None or last is None or last[0] is not given["input"] or given.get("training"):
             return func(*args, **kwargs)
         _, convolve, (x, weight, bias, *how), others = last
+        self.normed[id(weight)] += 1
         scale = (given["variance"] + given.get("eps", 1e-5)).rsqrt()
         scale = scale if given.get("weight") is None else scale * given["weight"]
         shift = -given["mean"] if bias is None else bias - given["mean"]
@@ -238,23 +245,24 @@ class _Propagation(TorchFunctionMode):
 
 def _explained(parts: Parts, apply: Apply, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear operation whose outputs are explained by the weights that agree with their sign."""
-    above, below = x * (x >= 0), x * (x < 0)
     mixed = bool((x < 0).any())
+    above, below = (x * (x >= 0), x * (x < 0)) if mixed else (x, x)
     value = apply(x.detach(), weight, bias)
 
-    def share(sign: float) -> Tensor:
-        favoured = apply(above, parts(weight, sign), None if bias is None else parts(bias, sign))
-        favoured = favoured + apply(below, parts(weight, -sign), None) if mixed else favoured
-        # favoured has the output's sign and is no smaller: the ratio lies between 0 and 1
-        ratio = torch.where(value * sign > 0, value / favoured.detach(), torch.zeros_like(value))
-        return favoured * ratio
+    def favoured(sign: float) -> Tensor:
+        found = apply(above, parts(weight, sign), None if bias is None else parts(bias, sign))
+        return found + apply(below, parts(weight, -sign), None) if mixed else found
 
-    return _keeping(value, share(1.0) + share(-1.0))
+    explained = torch.where(value > 0, favoured(1.0), favoured(-1.0))
+    # it has the output's sign and is no smaller: the ratio lies between 0 and 1
+    ratio = (value / explained.detach()).masked_fill_(value == 0, 0.0)
+    return _keeping(value, explained * ratio)
 
 
 def _keeping(value: Tensor, path: Tensor) -> Tensor:
-    """`value` to the last bit, with the gradient of `path`."""
-    return value.detach() + (path - path.detach())
+    """`value` to the last bit, with the gradient of `path`, whose own values nothing has kept."""
+    path.detach().copy_(value)
+    return path
 
 
 # ------------------------------------------------------------------ rules of other operations
@@ -264,7 +272,7 @@ def _identity(func: Callable, args: tuple, kwargs: dict) -> Tensor:
     x = args[0]
     copy = x.detach().clone()
     value = func(copy, *args[1:], **kwargs)
-    ratio = torch.where(x == 0, torch.zeros_like(x), value / x).detach()
+    ratio = (value / x.detach()).masked_fill_(x.detach() == 0, 0.0)
     path = _keeping(value, x * ratio)
     return x.copy_(path) if value is copy else path  # an operation in place gives back what it was given
 
