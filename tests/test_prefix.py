@@ -44,10 +44,24 @@ class Twice(nn.Module):
         return self.late(self.same(torch.relu(self.same(images)))).mean((2, 3))
 
 
+class Writing(nn.Module):
+    """Writes into what only a replayed module reads."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.late = (nn.Conv2d(3, 3, 3) for _ in range(3))
+
+    def forward(self, images):
+        return self.late(self.second(torch.relu_(self.first(images)))).mean((2, 3))
+
+
 IMAGES = torch.randn(6, 3, 9, 9, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize(("make", "layer"), [(Skipping, "late"), (Chain, "5"), (Chain, "4:in"), (Twice, "late")])
+@pytest.mark.parametrize(
+    ("make", "layer"), [(Skipping, "late"), (Chain, "5"), (Chain, "4:in"), (Twice, "late"), (Writing, "late")]
+)
 def test_replaying_gives_the_networks_outputs_bit_for_bit(make, layer):
     model = make().eval()
     prefix = Prefix(model, [layer], IMAGES, batch_size=3)

@@ -367,10 +367,12 @@ def _left_out(results: Entry) -> str:
 
 def _machine(results: Entry) -> str:
     machine, minutes = results["machine"], results["seconds"] / 60
+    one_go = "clock" in results
+    clock = results["clock"] / 60 if one_go else minutes / results["jobs"]
     return (
         f"Measured on {machine['cores']} cores ({', '.join([machine['processor'], *machine['instructions']])}), "
         f"Python {machine['python']}, torch {machine['torch']}, {results['jobs']} processes of one thread: "
-        f"{minutes:.0f} minutes of work in all, {minutes / results['jobs']:.0f} on the clock."
+        f"{minutes:.0f} minutes of work in all, {clock:.0f} on the clock{', in one go' if one_go else ''}."
     )
 
 

@@ -1,8 +1,8 @@
 """What circuits of pretrained networks are found on, and what they are tested on.
 
 1. A group of ``imagenet-sample`` is cross-fitted: its photographs are dealt into folds; the circuit of a fold is
-   found on the other folds and tested on it, so that each is tested once. Of all photographs outside the group
-   one half, the same for all folds, is the reference; of the other half each is tested with one fold's circuit.
+   found on the other folds and tested on it, so that each is tested once. Of the photographs outside the group some
+   are drawn to be tested, each with one fold's circuit; all others are the reference, the same for all folds.
 2. A class of ``tiny-imagenet`` is found on training images and tested on validation images, its own and those of
    other classes; both only of classes that the network knows.
 3. The network of the quick run has random weights; its concept is what it answers most often on seeded noise.
@@ -28,14 +28,14 @@ from viscircuits import load_model
 from viscircuits.errors import ViscircuitsError
 from viscircuits.hooks import evaluating, forward
 from viscircuits.models import ModelSpec, as_spec
+from viscircuits.prefix import Prefix
 from viscircuits.task import answers
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 NETWORKS = {"lite0": "EfficientNet-Lite0", "squeezenet1_1": "SqueezeNet 1.1"}
 QUICK = "quick"
 GROUPS = ("dog", "bird", "cat", "insect", "fish", "fruit", "car")
-MANY, FEW_FOLDS, MANY_FOLDS = 40, 2, 3  # from so many photographs on two folds, else three
-MOST_CONCEPT, N_REFERENCE, N_OTHERS = 48, 300, 120
+N_FOLDS, QUICK_FOLDS, N_OTHERS = 3, 2, 100
 N_CLASS_FIND, N_CLASS_TEST, N_CLASS_REFERENCE, N_CLASS_OTHERS = 32, 50, 196, 98
 LEAST_ACCURACY = 0.3  # of a class, on training images, to be asked about
 BATCH = 32
@@ -54,6 +54,7 @@ class Photographs:
     reference: Part
     others: Part
     folds: tuple[Fold, ...]
+    prefix: Prefix
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,11 @@ def load(network: str, source: str, concept: str, cache_folder: Path, seed: int 
         return _noise(seed)
     spec = network_of(network)
     concept_part, reference, others, folds = SOURCES[source](network, concept, cache_folder, seed)
-    return Photographs(spec, later_half(spec), concept_part, reference, others, folds)
+    if source == "groups":
+        prefix = _prefix_of_sample(network, cache_folder)
+    else:
+        prefix = _prefix(spec, later_half(spec), torch.cat([part[0] for part in (concept_part, reference, others)]))
+    return Photographs(spec, later_half(spec), concept_part, reference, others, folds, prefix)
 
 
 @cache
@@ -86,6 +91,17 @@ def network_of(network: str) -> ModelSpec:
 def title_of(network: str) -> str:
     """The network's usual name."""
     return NETWORKS.get(network, network)
+
+
+def _prefix(spec: ModelSpec, layers: Sequence[str], images: Tensor) -> Prefix:
+    return Prefix(spec.model, layers, images, BATCH)
+
+
+@cache
+def _prefix_of_sample(network: str, cache_folder: Path) -> Prefix:
+    """Of all of imagenet-sample, whatever the group."""
+    spec = network_of(network)
+    return _prefix(spec, later_half(spec), torch.from_numpy(np.load(_cached(network, cache_folder))))
 
 
 def later_half(spec: ModelSpec) -> tuple[str, ...]:
@@ -103,15 +119,18 @@ def dealt(n: int, n_hands: int, seed: int) -> list[list[int]]:
     return [sorted(order[i::n_hands]) for i in range(n_hands)]
 
 
-def n_folds(n: int) -> int:
-    return FEW_FOLDS if n >= MANY else MANY_FOLDS
+def n_folds(network: str, source: str) -> int:
+    """How many folds the photographs of a concept are dealt into."""
+    if network == QUICK:
+        return QUICK_FOLDS
+    return N_FOLDS if source == "groups" else 1
 
 
-def cross_fitted(n: int, n_others: int, seed: int) -> tuple[Fold, ...]:
+def cross_fitted(n: int, n_others: int, seed: int, n_folds: int = N_FOLDS) -> tuple[Fold, ...]:
     """Folds of which each photograph of the concept, and each other one, is tested in exactly one."""
-    hands, other_hands = dealt(n, n_folds(n), seed), dealt(n_others, n_folds(n), seed + 1)
+    hands, other_hands = dealt(n, n_folds, seed), dealt(n_others, n_folds, seed + 1)
     return tuple(
-        Fold(tuple(_drawn(sorted(set(range(n)) - set(hand)), MOST_CONCEPT, seed)), tuple(hand), tuple(others))
+        Fold(tuple(sorted(set(range(n)) - set(hand))), tuple(hand), tuple(others))
         for hand, others in zip(hands, other_hands, strict=True)
     )
 
@@ -158,8 +177,8 @@ def _group(network: str, concept: str, cache_folder: Path, seed: int) -> tuple[P
     files, members = _files(), set(group_members(concept))
     mine = [i for i, name in enumerate(files) if name in members]
     rest = [i for i, name in enumerate(files) if name not in members]
-    find, test = ([rest[i] for i in hand] for hand in dealt(len(rest), 2, seed))
-    find, test = _drawn(find, N_REFERENCE, seed), _drawn(test, N_OTHERS, seed)
+    test = _drawn(rest, N_OTHERS, seed)
+    find = sorted(set(rest) - set(test))
     images = np.load(_cached(network, cache_folder), mmap_mode="r")
     parts = [_part(images, files, places) for places in (mine, find, test)]
     return parts[0], parts[1], parts[2], cross_fitted(len(mine), len(test), seed)
@@ -257,5 +276,7 @@ def _noise(seed: int) -> Photographs:
     mine, rest = (which.nonzero().flatten() for which in (labels == concept, labels != concept))
     half = len(rest) // 2
     parts = [(images[places], labels[places]) for places in (mine, rest[:half], rest[half:])]
-    folds = cross_fitted(len(mine), len(rest) - half, seed)
-    return Photographs(as_spec(model), ("1", "3", "5"), parts[0], parts[1], parts[2], folds)
+    folds = cross_fitted(len(mine), len(rest) - half, seed, QUICK_FOLDS)
+    layers = ("1", "3", "5")
+    prefix = _prefix(as_spec(model), layers, images)
+    return Photographs(as_spec(model), layers, parts[0], parts[1], parts[2], folds, prefix)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from fidelity import photographs
+from fidelity.halfway import remembering
 from fidelity.photographs import Fold, Photographs
 from fidelity.roster import BLIND, FEWER, RECOMMENDED, Contender, attempted
 from fidelity.sharing import sharing
@@ -25,7 +26,6 @@ from fidelity.store import Entry, Work
 from viscircuits.ablation import Statistics, ablate, measure
 from viscircuits.circuit import Circuit
 from viscircuits.hooks import evaluating, forward
-from viscircuits.prefix import Prefix
 from viscircuits.task import Finding, Task, make_task
 
 FORMAT = 1  # one more whenever circuits are cut or tested in another way
@@ -77,8 +77,8 @@ class Job:
         if cells.complete:
             return
         shown = photographs.load(self.network, self.source, self.concept, self.cache)
-        testing = Testing(shown)
-        with sharing() as shared:
+        with remembering(shown.spec.model, shown.prefix), sharing() as shared:
+            testing = Testing(shown)
             for fold, contender in self._cells():
                 key = self.key(fold, contender)
                 if key in cells.known:
@@ -122,7 +122,7 @@ def task_of(shown: Photographs, places: Fold, statistics: Statistics, contender:
 
 
 class Testing:
-    """Removes circuits from held-out photographs; what comes before the first layer is run once for all of them."""
+    """Removes circuits from held-out photographs."""
 
     def __init__(self, shown: Photographs) -> None:
         self.shown = shown
@@ -130,7 +130,6 @@ class Testing:
         self.images = torch.cat([shown.concept[0], shown.others[0]])
         self.labels = torch.cat([shown.concept[1], shown.others[1]])
         self.statistics = measure(shown.spec, shown.reference[0], shown.layers, n_samples=0)
-        self.prefix = Prefix(shown.spec.model, shown.layers, self.images, photographs.BATCH)
         self.full: dict[Fold, dict[str, str]] = {}
 
     def of(self, found: Mapping[str, Finding], places: Fold) -> Entry:
@@ -160,8 +159,8 @@ class Testing:
         outputs = []
         with evaluating(self.shown.spec.model), torch.no_grad():
             for batch in where.split(photographs.BATCH):
-                with self.prefix.replay(batch) as images, self._removing(circuit, ablation):
-                    outputs.append(forward(self.shown.spec.model, images).argmax(1))
+                with self._removing(circuit, ablation):
+                    outputs.append(forward(self.shown.spec.model, self.images[batch]).argmax(1))
         digits = "".join(str(int(right)) for right in torch.cat(outputs) == self.labels[where])
         return {"concept": digits[: len(places.test)], "others": digits[len(places.test) :]}
 
@@ -184,14 +183,7 @@ def jobs(
 ) -> list[Job]:
     """Every concept of a source, its methods in an order in which they can share."""
     ordered = sorted(contenders, key=lambda each: each.method == "cla")  # after its contrasts, whose matrices it shares
-    counts = {concept: _n_folds(network, source, concept) for concept in concepts}
+    n = photographs.n_folds(network, source)
     return [
-        Job(network, source, concept, tuple(ordered), n, source == "groups", cache, found_under)
-        for concept, n in counts.items()
+        Job(network, source, concept, tuple(ordered), n, source == "groups", cache, found_under) for concept in concepts
     ]
-
-
-def _n_folds(network: str, source: str, concept: str) -> int:
-    if network == photographs.QUICK:
-        return len(photographs.load(network, source, concept, Path()).folds)
-    return photographs.n_folds(len(photographs.group_members(concept))) if source == "groups" else 1

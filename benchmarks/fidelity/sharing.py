@@ -1,6 +1,7 @@
-"""What methods of one job share: cross-layer attribution, relevance, the path of removal.
+"""What methods of one job share: cross-layer attribution, relevance, the path of removal, activity.
 
-Each method is told to have cost what it would have cost alone.
+What is known of single images is kept for all folds, whose reference is the same. Each method is told to have cost
+what it would have cost alone.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -17,9 +18,9 @@ from unittest.mock import patch
 from torch import Tensor
 
 from viscircuits.matrices import Attributions
-from viscircuits.methods import METHODS, anchored, cross_layer, relp_anchored
+from viscircuits.methods import METHODS, anchored, controls, cross_layer, relevance, relp_anchored
 from viscircuits.methods.removing import Removal, Removing
-from viscircuits.task import Finding, Task
+from viscircuits.task import Finding, Passes, Task
 
 
 @dataclass
@@ -30,6 +31,21 @@ class Shared:
     attributions: dict[Hashable, tuple[Attributions, float]] = field(default_factory=dict)
     relevances: dict[Hashable, Finding] = field(default_factory=dict)
     paths: dict[Hashable, Walked] = field(default_factory=dict)
+    measured: dict[Hashable, tuple[Any, Passes, float]] = field(default_factory=dict)  # of images, whoever asks
+    rules: Hashable = None  # of the relevance that is being found
+
+    def once(self, task: Task, mark: Hashable, measure: Callable[[], Any]) -> Any:
+        """What was measured before, or now, with what it cost."""
+        if mark not in self.measured:
+            begun, before = time.perf_counter(), replace(task.passes)
+            found = measure()
+            spent = Passes(task.passes.forward - before.forward, task.passes.backward - before.backward)
+            self.measured[mark] = found, spent, time.perf_counter() - begun
+            return found
+        found, spent, seconds = self.measured[mark]
+        task.passes.add(spent)
+        self.seconds += seconds
+        return found
 
 
 class Walked:
@@ -57,11 +73,13 @@ class Walked:
 def sharing() -> Iterator[Shared]:
     """Let methods share what they have in common, the last that was asked for of each kind."""
     shared = Shared()
-    relevance = partial(_relevance, shared, relp_anchored.relp_difference)
+    looked = partial(_relevance, shared, relp_anchored.relp_difference)
     with (
         patch.object(cross_layer, "attribute", partial(_attribution, shared, cross_layer.attribute)),
-        patch.object(relp_anchored, "relp_difference", relevance),
-        patch.dict(METHODS, {"relp-difference": relevance}),
+        patch.object(relp_anchored, "relp_difference", looked),
+        patch.dict(METHODS, {"relp-difference": looked}),
+        patch.object(relevance, "_of_images", partial(_relevance_of_images, shared, relevance._of_images)),
+        patch.object(controls, "_measured", partial(_activity, shared, controls._measured)),
         patch.object(relp_anchored, "Removing", partial(_path, shared)),
         patch.object(anchored, "Removing", partial(_path, shared)),
     ):
@@ -88,10 +106,26 @@ def _relevance(shared: Shared, alone: Callable[..., Finding], task: Task, **opti
     """A finding says what it cost, whoever asked for it first."""
     asked = signature(alone).bind(task, **options)
     asked.apply_defaults()
-    mark = (_asked(task), tuple((name, value) for name, value in asked.kwargs.items() if name != "progress"))
+    chosen = tuple((name, value) for name, value in asked.kwargs.items() if name != "progress")
+    mark = (_asked(task), chosen)
     if mark not in shared.relevances:
-        _keep(shared.relevances, mark, alone(task, **options))
+        shared.rules, before = chosen, shared.seconds
+        found = alone(task, **options)
+        found.passes.seconds += shared.seconds - before
+        shared.seconds = before
+        _keep(shared.relevances, mark, found)
     return shared.relevances[mark]
+
+
+def _relevance_of_images(shared: Shared, alone: Callable, task: Task, images: Tensor, labels: Tensor) -> Any:
+    mark = ("relevance", shared.rules, _settings(task), _mark(images), tuple(labels.tolist()))
+    return shared.once(task, mark, partial(alone, task, images, labels))
+
+
+def _activity(shared: Shared, alone: Callable, task: Task, which: str, run: bool) -> Any:
+    images = task.concept if which == "concept" else task.reference
+    mark = ("activity", run, _settings(task), _mark(images))
+    return shared.once(task, mark, partial(alone, task, which, run))
 
 
 def _path(shared: Shared, task: Task, removal: Removal) -> Walked:
@@ -108,7 +142,12 @@ def _path(shared: Shared, task: Task, removal: Removal) -> Walked:
 
 def _asked(task: Task) -> Hashable:
     """What decides an answer."""
-    return task.addresses, _mark(task.concept), _mark(task.reference), task.behaviour, task.ablation, task.seed
+    return _settings(task), _mark(task.concept), _mark(task.reference), task.seed
+
+
+def _settings(task: Task) -> Hashable:
+    """The same but for the images: what a job's tasks have in common is its network and its reference's mean."""
+    return task.addresses, task.behaviour, task.ablation
 
 
 def _mark(images: Tensor) -> Hashable:

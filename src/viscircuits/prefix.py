@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from viscircuits.errors import ModelError
 from viscircuits.hooks import evaluating, forward, watch_calls
 from viscircuits.layers import parse_address
 
@@ -63,10 +64,8 @@ class Prefix:
         """
         places = torch.as_tensor(which)
         with self._handing_out(
-            {
-                name: value.expand(len(places), *value.shape[1:]) if name in self.unread else value[places]
-                for name, value in self.kept.items()
-            }
+            {name: value[places] for name, value in self.kept.items() if name not in self.unread},
+            {name: _repeated(self.kept[name], len(places)) for name in self.unread},
         ):
             yield self.images[places]
 
@@ -117,21 +116,26 @@ class Prefix:
             pass
 
     def _unread(self, image: Tensor, kept: dict[str, Tensor]) -> frozenset[str]:
-        """All but the last, if nothing else reads them."""
+        """All but the last, if nothing else reads them, nor writes into them."""
         early = self.names[:-1]
-        blank = {name: torch.full_like(value, torch.nan) for name, value in kept.items() if name in early}
-        with self._handing_out({**kept, **blank}):
-            reached = not bool(forward(self.model, image).isfinite().all())
+        late = {name: _repeated(value, 2) for name, value in kept.items() if name not in early}
+        blank = {name: _repeated(torch.full_like(value, torch.nan), 2) for name, value in kept.items() if name in early}
+        try:
+            with self._handing_out(late, blank):
+                reached = not bool(forward(self.model, _repeated(image, 2)).isfinite().all())
+        except ModelError:  # written in place into what is one memory for both images
+            reached = True
         return frozenset() if reached else frozenset(early)
 
     @contextmanager
-    def _handing_out(self, values: dict[str, Tensor]) -> Iterator[None]:
+    def _handing_out(self, values: dict[str, Tensor], unread: dict[str, Tensor]) -> Iterator[None]:
+        """Inside, modules return these values, copied unless nothing reads them."""
         with ExitStack() as stack:
-            for name, value in values.items():
+            for name, value in (values | unread).items():
                 module = self.model.get_submodule(name)
                 before = module.__dict__.get("forward")
                 stack.callback(_put_back, module, before)
-                module.forward = _returning(value)
+                module.forward = _returning(value, copied=name in values)
             yield
 
 
@@ -139,8 +143,13 @@ def _holds(outer: str, inner: str) -> bool:
     return inner.startswith(outer + ".")
 
 
-def _returning(value: Tensor) -> Callable[..., Tensor]:
-    return lambda *args, **kwargs: value.clone()  # the next operation may work in place
+def _repeated(value: Tensor, n: int) -> Tensor:
+    """The same for each of `n` images, without copying it."""
+    return value.expand(n, *value.shape[1:])
+
+
+def _returning(value: Tensor, *, copied: bool) -> Callable[..., Tensor]:
+    return lambda *args, **kwargs: value.clone() if copied else value  # the next operation may work in place
 
 
 def _put_back(module: nn.Module, before: Any) -> None:
