@@ -1,7 +1,6 @@
 """Relevance and the effect of removal added up, on a network whose answer is known beforehand."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -43,27 +42,18 @@ def test_what_only_the_concept_needs_comes_first_and_what_others_need_last():
         {"protect": 2.0, "linear": "gamma", "convolutions": "z-plus", "gamma": 2.0},
     ],
 )
-def test_units_come_in_size_by_size_and_the_effect_weighs_more_from_size_to_size(more):
-    asked, weight = task(), 3.0
+def test_it_is_relevance_over_the_spread_of_all_layers_and_effects_over_that_of_their_own(more):
+    asked, weight = task(), 0.7
     found = find(asked, "relp-anchored", effect_weight=weight, **BRIEF, **more)
     of_relevance = {name: more[name] for name in ("protect", "linear", "convolutions", "gamma") if name in more}
     of_removal = {name: more[name] for name in ("protect", "caution", "answers", "raise_weight") if name in more}
-    relevance = find(asked, "relp-difference", **of_relevance)
+    relevance = find(asked, "relp-difference", **of_relevance).units
     removing = Removing(asked, Removal(**BRIEF, **of_removal).checked(asked))
     removing.walk(progress=False)
-    over_all = torch.cat(list(relevance.units.values())).std(correction=0)
-    inside: dict[str, set[int]] = {layer: set() for layer in asked.addresses}
-    for size, at_size in zip(BRIEF["sizes"], (weight / 2, weight), strict=True):
-        units = {
-            layer: relevance.units[layer] / over_all + at_size * effects / effects.std(correction=0)
-            for layer, effects in removing.effects_of_removal().items()
-        }
-        for layer, scores in units.items():
-            scores[sorted(inside[layer])] += 1e3
-        for layer, chosen in replace(relevance, units=units).circuit(size).units.items():
-            assert inside[layer] < set(chosen)
-            inside[layer] = set(chosen)
-        assert {layer: set(chosen) for layer, chosen in found.circuit(size).units.items()} == inside
+    over_all = torch.cat(list(relevance.values())).std(correction=0)
+    for layer, effects in removing.effects_of_removal().items():
+        expected = relevance[layer] / over_all + weight * effects / effects.std(correction=0)
+        assert torch.allclose(found.units[layer], expected)
 
 
 def test_its_options_find_the_same_again():
@@ -91,7 +81,7 @@ def test_without_the_effect_it_is_the_difference_of_relevance():
 
 
 def test_what_others_lose_counts_in_both_parts():
-    asked = task(ablation="zero")
+    asked = task()
     spared, not_spared = (find(asked, "relp-anchored", protect=weight, **BRIEF).units["2"] for weight in (1.0, 0.01))
     assert spared[1] < not_spared[1]  # the unit that both answers rest on
 

@@ -8,18 +8,15 @@ Two estimates of what a unit does for the concept's answers and not for others',
    the images at hand.
 
 The first, which is in logits in every layer, is divided by its spread over the units of all layers; the second, whose
-layers stand in for one another, by its spread over the layer's. The more units are removed, the more the second counts:
-units are chosen size by size, and its weight grows with the size.
+layers stand in for one another, by its spread over the layer's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from math import inf
 
 import torch
-from torch import Tensor
 
 from viscircuits.errors import ViscircuitsError
 from viscircuits.methods.relevance import GAMMA_OF_DIFFERENCE, relp_difference, rules_of
@@ -45,10 +42,9 @@ def relp_anchored(
 ) -> Finding:
     """Relevance of each unit to the concept and not to others, plus the effect of its removal when many are removed.
 
-    ``D / spread of D over all layers + w · E / spread of E over the layer``, with D as in `relp_difference` and E what
-    `anchored` ranks by, without the raise. For each of `sizes` the units with the highest sum are added to those of
-    the size before, w being ``effect_weight · size / last size``; they are ranked by the size at which they come in,
-    then by the sum at the last. Circuits are cut by ``half`` (`viscircuits.task.Finding.circuit`).
+    ``D / spread of D over all layers + effect_weight · E / spread of E over the layer``, with D as in
+    `relp_difference` and E what `anchored` ranks by, without the raise. Circuits are cut by ``half``
+    (`viscircuits.task.Finding.circuit`).
 
     Parameters
     ----------
@@ -57,7 +53,7 @@ def relp_anchored(
     protect
         How much what others lose weighs, in both; above 0.
     effect_weight
-        Of the effect of removal, against relevance, at the last of `sizes`; 0 leaves the order of `relp_difference`.
+        Of the effect of removal, against relevance; 0 leaves the order of `relp_difference`.
     convolutions, linear, gamma
         As for `relp`.
     sizes, steps_a_size, images_a_step, raise_weight, caution, answers
@@ -79,10 +75,11 @@ def relp_anchored(
     if not 0 <= effect_weight < inf:
         raise ViscircuitsError(f"effect_weight is 0 or more, got {effect_weight}")
     rules_of(convolutions, linear, gamma)  # refused before the path is walked
-    removal = Removal(protect, tuple(sizes), steps_a_size, images_a_step, raise_weight, caution, answers).checked(task)
+    removal = Removal(protect, tuple(sizes), steps_a_size, images_a_step, raise_weight, caution, answers)
     with costing(task) as counted:
         effects = {}
         if effect_weight:
+            removal = removal.checked(task)
             removing = Removing(counted, removal)
             removing.walk(progress)
             effects = removing.effects_of_removal()
@@ -90,32 +87,9 @@ def relp_anchored(
         task, protect=protect, convolutions=convolutions, linear=linear, gamma=gamma, progress=progress
     )
     counted.passes.add(looked.passes)
-    units = _by_size(looked, effects, removal.sizes, effect_weight)
+    spread = torch.cat(list(looked.units.values())).std(correction=0).clamp(min=1e-12)
+    units = {layer: scores / spread for layer, scores in looked.units.items()}
+    for layer, of_layer in effects.items():
+        units[layer] = units[layer] + effect_weight * standard(of_layer)
     options = {**looked.options, "effect_weight": effect_weight, **removal.options}
     return Finding("relp-anchored", units, task.widths, {}, counted.passes, options, share=looked.share)
-
-
-def _by_size(
-    looked: Finding, effects: Mapping[str, Tensor], sizes: Sequence[float], effect_weight: float
-) -> dict[str, Tensor]:
-    """Layer → each unit's rank over all layers, the larger the smaller the size at which it comes in."""
-    spread = torch.cat(list(looked.units.values())).std(correction=0).clamp(min=1e-12)
-    relevance = {layer: scores / spread for layer, scores in looked.units.items()}
-    tiers = {layer: torch.zeros_like(scores) for layer, scores in relevance.items()}
-    for size in sizes:
-        scores = {
-            layer: scores + effect_weight * size / sizes[-1] * standard(effects[layer]) if effects else scores
-            for layer, scores in relevance.items()
-        }
-        circuit = replace(looked, units=_ranks(tiers, scores)).circuit(size)
-        for layer, chosen in circuit.units.items():
-            tiers[layer][list(chosen)] += 1
-    return _ranks(tiers, scores)
-
-
-def _ranks(tiers: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Higher tiers first, then higher scores: whole numbers plus places within (0, 1)."""
-    together = torch.cat(list(scores.values()))
-    places = (together.argsort(stable=True).argsort(stable=True) + 0.5) / len(together)
-    parts = places.split([len(of_layer) for of_layer in scores.values()])
-    return {layer: tiers[layer] + part for layer, part in zip(scores, parts, strict=True)}
