@@ -48,8 +48,13 @@ def test_first_is_marked_and_who_reaches_its_interval(fidelity):
             "far": {"x": 0.79, "y": 0.79},
         }
     )
-    assert found["a"] == {"value": 0.9, "low": 0.8, "high": 1.0, "n": 2, "mark": "first"}
+    level = {"value": 0.0, "low": 0.0, "high": 0.0, "n": 2}
+    assert found["a"] == {"value": 0.9, "low": 0.8, "high": 1.0, "n": 2, "mark": "first", "behind": level}
     assert [found[name]["mark"] for name in ("near", "far")] == ["within", ""]
+    assert found["far"]["behind"] == {"value": -0.11, "low": -0.21, "high": -0.01, "n": 2}  # network by network
+    page = fidelity("page")
+    assert page._place(found["near"]) == "○"
+    assert page._place(found["far"]) == "(-0.1100 [-0.2100, -0.0100] from the first)"
 
 
 def test_equal_means_are_both_first(fidelity):
@@ -103,10 +108,15 @@ def test_a_perfect_removal_stands_beside_the_search_and_the_remover(fidelity):
     found = summary.of_concept(
         [fold(0, idle, kept, roster.AGAINST), fold(0, taken, kept, roster.REMOVER)], roster.AGAINST
     )
-    found["bound"] = {ablation: {"0.05": {"value": 0.75}, "0.1": {"value": 0.75}} for ablation in ("mean", "zero")}
+    searched = {"value": 0.75, "low": 0.5}
+    found["bound"] = {ablation: {"0.05": searched, "0.1": searched} for ablation in ("mean", "zero")}
     results = {"removal": {"lite0": {"groups": {"concepts": {"dog": found}}}}}
     assert "1.00 / 0.75 / 0.50" in page._bounds(results)
-    assert page._most([found], "0.05").endswith("would not touch for 1")
+    for low, n in ((0.5, 1), (0.0, 0)):  # the control's interval ends at 0
+        searched["low"] = low
+        told = page._most([found], "0.05")
+        assert "would not touch for 1;" in told
+        assert told.endswith(f"given the very photographs that test it, for {n}")
     assert page._most([{}], "0.05") == ""
 
 

@@ -277,11 +277,17 @@ def _planted_aims(results: Entry) -> list[str]:
         families = by_family(results["planted"], lambda entry, part=part: of(entry, part, "auroc"))
         mine = {family: each[RECOMMENDED] for family, each in families.items() if RECOMMENDED in each}
         if mine:
-            words = [
-                f"{family} {number(each['value'], 3)} {MARKS[each['mark']]}".rstrip() for family, each in mine.items()
-            ]
-            lines.append(f"AUROC over {part}, asked for at least {aim}: {', '.join(words)}.")
+            words = ", ".join(f"{family} {number(each['value'], 3)} {_place(each)}" for family, each in mine.items())
+            lines.append(f"AUROC over {part}, asked for at least {aim}: {words}.")
     return lines
+
+
+def _place(standing: Entry) -> str:
+    """The mark, or how far behind the first."""
+    if standing["mark"] or "behind" not in standing:
+        return MARKS[standing["mark"]]
+    behind = standing["behind"]
+    return f"({number(behind['value'], 4)} [{number(behind['low'], 4)}, {number(behind['high'], 4)}] from the first)"
 
 
 def _removal_aims(results: Entry) -> list[str]:
@@ -314,10 +320,21 @@ def _ahead(concepts: Iterable[Entry], size: str, method: str) -> str:
 
 def _most(concepts: Iterable[Entry], size: str) -> str:
     """For how many concepts intervals would not touch if a removal took all of the concept and nothing else."""
+    concepts = list(concepts)
     known = [each for each in (of(concept, MOST, "mean", size) for concept in concepts) if each]
     if not known:
         return ""
-    return f". With the whole concept lost and nothing else they would not touch for {sum(e['apart'] for e in known)}"
+    told = f". With the whole concept lost and nothing else they would not touch for {sum(e['apart'] for e in known)}"
+    searched = [
+        (bound["low"], control["high"])
+        for bound, control in ((of(e, "bound", "mean", size), of(e, "after", "mean", size, AGAINST)) for e in concepts)
+        if bound and control
+    ]
+    if not searched:
+        return told
+    return (
+        f"{told}; for `{RECOMMENDED}`, given the very photographs that test it, for {sum(a > b for a, b in searched)}"
+    )
 
 
 def _flips(results: Entry) -> str:

@@ -1,7 +1,8 @@
 """From cells to tables: means with intervals, marks for who is first, folds pooled. No network, no file.
 
 1. On planted networks a number has an interval over networks, sizes and seeds drawn again. Who has the highest mean
-   is *first*; who reaches the lower end of its interval is *within* it.
+   is *first*; who reaches the lower end of its interval is *within* it. How far one is *behind* the first is the mean
+   difference over the same networks.
 2. In removal the photographs are drawn again, those of the concept and the others each on their own, the same draw
    for all methods, so that differences are paired.
 """
@@ -51,10 +52,12 @@ def standings(values: Mapping[str, Mapping[str, float]]) -> dict[str, Entry]:
     }
     whole = [method for method in found if set(values[method]) == cells]
     if whole:
-        first = max((found[method] for method in whole), key=lambda each: each["value"])
+        leader = max(whole, key=lambda method: found[method]["value"])
+        first = found[leader]
         for method in whole:
             value = found[method]["value"]
             found[method]["mark"] = "first" if value == first["value"] else "within" if value >= first["low"] else ""
+            found[method]["behind"] = interval([values[method][cell] - values[leader][cell] for cell in sorted(cells)])
     return found
 
 
