@@ -127,13 +127,14 @@ def relp_difference(
     with (
         costing(task) as counted,
         tqdm(total=n_images, desc="relevance", unit="image", delay=2, disable=not progress) as bar,
-        propagating(task.spec.model, **chosen),
+        propagating(task.spec.model, **chosen) as propagation,
     ):
         for which, (n, weight) in parts.items():
             for images, labels in counted.batches(which) if weight else ():
                 for layer, relevance in _of_images(counted, images, labels).items():
                     counts = relevance if which == "concept" else relevance.clamp(min=0)
                     units[layer] += weight / n * counts.sum(0)
+                propagation.after_a_pass()
                 bar.update(len(images))
     return Finding("relp-difference", units, task.widths, {}, counted.passes, options, share="half")
 
@@ -175,14 +176,14 @@ def _parts(gamma: int | float) -> dict[str, Parts | None]:
 
 
 @contextmanager
-def propagating(model: nn.Module, convolution: Parts | None, linear: Parts | None) -> Iterator[None]:
+def propagating(model: nn.Module, convolution: Parts | None, linear: Parts | None) -> Iterator[_Propagation]:
     """Record forward passes so that autograd gives coefficients of relevance; parameters are constants meanwhile."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        with _Propagation(convolution, linear):
-            yield
+        with _Propagation(convolution, linear) as propagation:
+            yield propagation
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -197,6 +198,7 @@ class _Propagation(TorchFunctionMode):
         self.last: tuple[Tensor, Callable, tuple, dict] | None = None  # a convolution that batch norm may follow
         self.used: Counter[int] = Counter()  # parameter → how often it was convolved with
         self.normed: Counter[int] = Counter()  # and how often batch norm explained that too
+        self.always_normed: frozenset[int] = frozenset()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -210,6 +212,10 @@ class _Propagation(TorchFunctionMode):
         rule = RULES.get(name)
         return func(*args, **kwargs) if rule is None else rule(func, args, kwargs)
 
+    def after_a_pass(self) -> None:
+        """Note which convolutions batch norm always followed: in further passes of the network they need no rule."""
+        self.always_normed = frozenset(weight for weight, n in self.used.items() if self.normed[weight] == n)
+
     def _mixing(self, name: str, func: Callable, args: tuple, kwargs: dict) -> Tensor:
         parts = self.parts[name]
         self.last = None
@@ -217,7 +223,7 @@ class _Propagation(TorchFunctionMode):
             return func(*args, **kwargs)
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
         others = {key: value for key, value in kwargs.items() if key != "bias"}
-        if 0 < self.used[id(args[1])] == self.normed[id(args[1])]:
+        if id(args[1]) in self.always_normed:
             output = func(*args, **kwargs)  # what batch norm makes of it is explained
         else:
             output = _explained(parts, lambda x, w, b: func(x, w, b, *args[3:], **others), args[0], args[1], bias)
