@@ -12,12 +12,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 from viscircuits.ablation import ablate
 from viscircuits.errors import ViscircuitsError
 from viscircuits.hooks import forward
 from viscircuits.methods import METHODS, find
 from viscircuits.methods.exact import exact_effects
+from viscircuits.prefix import Prefix
 from viscircuits.task import Task, make_task
 
 pytest.importorskip("matplotlib", reason="the benchmark draws with matplotlib")
@@ -232,6 +234,92 @@ def test_groups_share_no_photograph_with_what_they_are_set_beside(fidelity, shar
     assert len(places[2]) == photographs.N_OTHERS and sum(map(len, places)) == len(files)
     assert not (places[0] & places[1] or places[0] & places[2] or places[1] & places[2])
     assert parts[0][1].tolist() == [int(files[i].split("_")[0]) for i in sorted(places[0])]
+
+
+# ------------------------------------------------------------------ a network that begins halfway
+
+
+class Skipping(nn.Module):
+    """What the first convolution puts out is read again after the second."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.late = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+
+    def forward(self, images):
+        early = self.first(images)
+        return self.late(early + self.second(early)).mean((2, 3))
+
+
+@pytest.fixture
+def halfway(fidelity):
+    """A network, a prefix of five images, and a count of what its first module runs on."""
+    model, images = Skipping().eval(), torch.randn(6, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    plain, runs = model.first._conv_forward, []
+    model.first._conv_forward = lambda x, *more: runs.append(len(x)) or plain(x, *more)
+    prefix = Prefix(model, ["late"], images[:5])
+    runs.clear()
+    return fidelity("halfway").remembering, model, prefix, images, runs
+
+
+def test_known_images_begin_halfway_and_others_go_all_the_way(halfway):
+    remembering, model, prefix, images, runs = halfway
+    altered = images[:2].clone()
+    altered[:, :, 1:9, 1:9] = 0.0  # where no pixel is looked up
+    batches = [images[1:3], images[3:], altered, images[:2].clone().requires_grad_()]
+    whole = [model(batch).detach() for batch in batches]
+    runs.clear()
+    with remembering(model, prefix):
+        for batch, expected in zip(batches, whole, strict=True):
+            torch.testing.assert_close(model(batch).detach(), expected)
+    assert runs == [3, 2, 2]  # one is new, two altered, two to be differentiated
+
+
+def test_a_prefix_made_where_the_network_remembers_is_that_of_the_network(halfway):
+    remembering, model, prefix, images, _ = halfway
+    with remembering(model, prefix):
+        inner = Prefix(model, ["late"], images[:3])
+    assert inner.unread == prefix.unread == frozenset()
+    with inner.replay([2, 0]) as same:
+        torch.testing.assert_close(model(same), model(images[[2, 0]]))
+
+
+def test_remembering_ends_as_it_began_also_nested_and_after_an_exception(halfway):
+    remembering, model, prefix, images, _ = halfway
+    with pytest.raises(RuntimeError, match="no reason"), remembering(model, prefix), remembering(model, prefix):
+        raise RuntimeError("no reason")
+    assert "forward" not in vars(model)
+    model.forward = own = lambda x: Skipping.forward(model, x) + 1
+    with remembering(model, prefix):
+        torch.testing.assert_close(model(images[:2]), own(images[:2]))
+    assert vars(model)["forward"] is own
+
+
+def test_every_method_finds_the_same_where_the_network_remembers(fidelity, shown, task):
+    roster, remembering = fidelity("roster"), fidelity("halfway").remembering
+    for contender in roster.of_removal(None):
+        alone = contender.find(task)
+        with remembering(shown.spec.model, shown.prefix):
+            together = contender.find(task)
+        for layer, scores in together.units.items():
+            torch.testing.assert_close(scores, alone.units[layer], rtol=1e-3, atol=1e-5)
+
+
+def test_the_clock_is_kept_while_nothing_else_was_measured(fidelity, tmp_path):
+    command = fidelity("command")
+    before = {"seconds": 3.5, "jobs": 2, "machine": {"cores": 2}, "clock": 2.0}
+    (tmp_path / "f").write_text(json.dumps(before))
+    assert command._clock_before({**before, "clock": None}, tmp_path / "f") == {"clock": 2.0}
+    assert command._clock_before({**before, "seconds": 4.0}, tmp_path / "f") == {}
+    assert command._clock_before({**before, "jobs": 1}, tmp_path / "f") == {}
+    assert command._clock_before(before, tmp_path / "none") == {}
+
+
+def test_costs_are_medians_over_circuits(fidelity):
+    cells = [{"method": "a", "passes": {"forward": n, "backward": 1, "seconds": n / 2}} for n in (1, 2, 9)]
+    (found,) = fidelity("command")._costs(cells)
+    assert found == {"method": "a", "passes": {"forward": 2, "backward": 1, "seconds": 1.0}}
 
 
 # ------------------------------------------------------------------ removal, agreement

@@ -74,7 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
     anew = not any(work.cells(job.name, job.wanted()).known for job in jobs)
     failures = drained([(job, work) for job in jobs], _run, options.jobs, "fidelity")
     results = gathered(jobs, work, options)
-    results |= {"clock": time.perf_counter() - begun} if anew else _clock_before(results, options.out / FILE)
+    whole = anew and not failures
+    results |= {"clock": time.perf_counter() - begun} if whole else _clock_before(results, options.out / FILE)
     write(results, options.out)
     print(f"written to {options.out.name}/fidelity.md", flush=True)
     if failures:
@@ -84,8 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _clock_before(results: Entry, path: Path) -> Entry:
     """The time that the whole took, where it was measured in one go and nothing has been measured since."""
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    same = "clock" in before and before["seconds"] == rounded(results["seconds"])
-    return {"clock": before["clock"]} if same else {}
+    same = all(before.get(name) == rounded(results[name]) for name in ("seconds", "jobs", "machine"))
+    return {"clock": before["clock"]} if same and "clock" in before else {}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -219,7 +220,7 @@ def gathered(jobs: Sequence[Job], work: Work, options: argparse.Namespace) -> En
         "planted": [_brief(cell) for cell in of_part["planted"]],
         "agreement": [_without(cell, "scores", "took") for cell in of_part["agreement"]],
         "removal": removals(of_part["removal"]),
-        "cost": _costs([cell for cell in of_part["removal"] if "passes" in cell]),
+        "cost": _costs([cell for cell in of_part["removal"] if "passes" in cell and cell["fold"] != removal.BOUND]),
         "left_out": {"removal": roster.REMOVAL_LEAVES_OUT, "agreement": roster.AGREEMENT_LEAVES_OUT},
         "reasons": {
             f"{part} {cell['network']} {cell['method']}": cell["reason"]

@@ -34,6 +34,7 @@ from viscircuits.task import answers
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 NETWORKS = {"lite0": "EfficientNet-Lite0", "squeezenet1_1": "SqueezeNet 1.1"}
 QUICK = "quick"
+START = {"lite0": ("blocks.4.0",)}  # whose second batch norm is the first layer of interest
 GROUPS = ("dog", "bird", "cat", "insect", "fish", "fruit", "car")
 N_FOLDS, QUICK_FOLDS, N_OTHERS = 3, 2, 100
 N_CLASS_FIND, N_CLASS_TEST, N_CLASS_REFERENCE, N_CLASS_OTHERS = 32, 50, 196, 98
@@ -75,7 +76,9 @@ def load(network: str, source: str, concept: str, cache_folder: Path, seed: int 
     if source == "groups":
         prefix = _prefix_of_sample(network, cache_folder)
     else:
-        prefix = _prefix(spec, later_half(spec), torch.cat([part[0] for part in (concept_part, reference, others)]))
+        prefix = _prefix(
+            spec, _start(network, spec), torch.cat([part[0] for part in (concept_part, reference, others)])
+        )
     return Photographs(spec, later_half(spec), concept_part, reference, others, folds, prefix)
 
 
@@ -93,15 +96,20 @@ def title_of(network: str) -> str:
     return NETWORKS.get(network, network)
 
 
-def _prefix(spec: ModelSpec, layers: Sequence[str], images: Tensor) -> Prefix:
-    return Prefix(spec.model, layers, images, BATCH)
+def _prefix(spec: ModelSpec, start: Sequence[str], images: Tensor) -> Prefix:
+    return Prefix(spec.model, start, images, BATCH)
 
 
 @cache
 def _prefix_of_sample(network: str, cache_folder: Path) -> Prefix:
     """Of all of imagenet-sample, whatever the group."""
     spec = network_of(network)
-    return _prefix(spec, later_half(spec), torch.from_numpy(np.load(_cached(network, cache_folder))))
+    return _prefix(spec, _start(network, spec), torch.from_numpy(np.load(_cached(network, cache_folder))))
+
+
+def _start(network: str, spec: ModelSpec) -> Sequence[str]:
+    """Where images are looked at from: what makes the units of the first layer of interest is in it, or follows."""
+    return START.get(network, later_half(spec))
 
 
 def later_half(spec: ModelSpec) -> tuple[str, ...]:
@@ -278,5 +286,5 @@ def _noise(seed: int) -> Photographs:
     parts = [(images[places], labels[places]) for places in (mine, rest[:half], rest[half:])]
     folds = cross_fitted(len(mine), len(rest) - half, seed, QUICK_FOLDS)
     layers = ("1", "3", "5")
-    prefix = _prefix(as_spec(model), layers, images)
+    prefix = _prefix(as_spec(model), ("0",), images)  # which makes the units of "1"
     return Photographs(as_spec(model), layers, parts[0], parts[1], parts[2], folds, prefix)

@@ -75,7 +75,7 @@ REMOVAL_MORE = [  # the control with its units shared out between layers as the 
     Contender(f"{AGAINST} half", AGAINST, share="half")
 ]
 REMOVAL_LEAVES_OUT = {
-    "exact": "a forward pass for each unit: 7 104 units × 48 photographs, some 50 minutes a circuit",
+    "exact": "a forward pass for each unit: 7 104 units × up to 63 photographs, some 50 minutes a circuit",
     "eap": "a backward pass for each target where attribution patching of units, its sum, needs one in all",
     "gcc": "a forward pass for each unit, as exact",
     "acdc": "a forward pass for each edge and threshold: 5.6 million edges on Lite0, months",

@@ -118,12 +118,15 @@ class Prefix:
     def _unread(self, image: Tensor, kept: dict[str, Tensor]) -> frozenset[str]:
         """All but the last, if nothing else reads them, nor writes into them."""
         early = self.names[:-1]
-        late = {name: _repeated(value, 2) for name, value in kept.items() if name not in early}
-        blank = {name: _repeated(torch.full_like(value, torch.nan), 2) for name, value in kept.items() if name in early}
         try:
+            late = {name: _repeated(value, 2) for name, value in kept.items() if name not in early}
+            blank = {name: _repeated(torch.full_like(kept[name], torch.nan), 2) for name in early}
             with self._handing_out(late, blank):
                 reached = not bool(forward(self.model, _repeated(image, 2)).isfinite().all())
-        except ModelError:  # written in place into what is one memory for both images
+        except (
+            ModelError,
+            RuntimeError,
+        ):  # written in place into what is one memory for both images, or none of an image
             reached = True
         return frozenset() if reached else frozenset(early)
 

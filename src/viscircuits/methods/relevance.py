@@ -15,7 +15,6 @@ ReLUs with the 0-rule throughout, this is attribution patching.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import inf
@@ -127,14 +126,13 @@ def relp_difference(
     with (
         costing(task) as counted,
         tqdm(total=n_images, desc="relevance", unit="image", delay=2, disable=not progress) as bar,
-        propagating(task.spec.model, **chosen) as propagation,
+        propagating(task.spec.model, **chosen),
     ):
         for which, (n, weight) in parts.items():
             for images, labels in counted.batches(which) if weight else ():
                 for layer, relevance in _of_images(counted, images, labels).items():
                     counts = relevance if which == "concept" else relevance.clamp(min=0)
                     units[layer] += weight / n * counts.sum(0)
-                propagation.after_a_pass()
                 bar.update(len(images))
     return Finding("relp-difference", units, task.widths, {}, counted.passes, options, share="half")
 
@@ -176,14 +174,14 @@ def _parts(gamma: int | float) -> dict[str, Parts | None]:
 
 
 @contextmanager
-def propagating(model: nn.Module, convolution: Parts | None, linear: Parts | None) -> Iterator[_Propagation]:
+def propagating(model: nn.Module, convolution: Parts | None, linear: Parts | None) -> Iterator[None]:
     """Record forward passes so that autograd gives coefficients of relevance; parameters are constants meanwhile."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        with _Propagation(convolution, linear) as propagation:
-            yield propagation
+        with _Propagation(convolution, linear):
+            yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -195,10 +193,7 @@ class _Propagation(TorchFunctionMode):
     def __init__(self, convolution: Parts | None, linear: Parts | None) -> None:
         super().__init__()
         self.parts = {"linear": linear, "conv1d": convolution, "conv2d": convolution, "conv3d": convolution}
-        self.last: tuple[Tensor, Callable, tuple, dict] | None = None  # a convolution that batch norm may follow
-        self.used: Counter[int] = Counter()  # parameter → how often it was convolved with
-        self.normed: Counter[int] = Counter()  # and how often batch norm explained that too
-        self.always_normed: frozenset[int] = frozenset()
+        self.last: tuple[Tensor, int, Callable, tuple, dict] | None = None  # a convolution that batch norm may follow
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -212,10 +207,6 @@ class _Propagation(TorchFunctionMode):
         rule = RULES.get(name)
         return func(*args, **kwargs) if rule is None else rule(func, args, kwargs)
 
-    def after_a_pass(self) -> None:
-        """Note which convolutions batch norm always followed: in further passes of the network they need no rule."""
-        self.always_normed = frozenset(weight for weight, n in self.used.items() if self.normed[weight] == n)
-
     def _mixing(self, name: str, func: Callable, args: tuple, kwargs: dict) -> Tensor:
         parts = self.parts[name]
         self.last = None
@@ -223,13 +214,9 @@ class _Propagation(TorchFunctionMode):
             return func(*args, **kwargs)
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
         others = {key: value for key, value in kwargs.items() if key != "bias"}
-        if id(args[1]) in self.always_normed:
-            output = func(*args, **kwargs)  # what batch norm makes of it is explained
-        else:
-            output = _explained(parts, lambda x, w, b: func(x, w, b, *args[3:], **others), args[0], args[1], bias)
+        output = _explained(parts, lambda x, w, b: func(x, w, b, *args[3:], **others), args[0], args[1], bias)
         if name != "linear":
-            self.last = output, func, (*args[:2], bias, *args[3:]), others
-            self.used[id(args[1])] += isinstance(args[1], nn.Parameter)
+            self.last = output, output._version, func, (*args[:2], bias, *args[3:]), others
         return output
 
     def _batch_norm(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
@@ -239,8 +226,9 @@ class _Propagation(TorchFunctionMode):
         parts = self.parts["conv2d"]
         if parts is None or last is None or last[0] is not given["input"] or given.get("training"):
             return func(*args, **kwargs)
-        _, convolve, (x, weight, bias, *how), others = last
-        self.normed[id(weight)] += 1
+        output, version, convolve, (x, weight, bias, *how), others = last
+        if output._version != version:  # changed in place since
+            return func(*args, **kwargs)
         scale = (given["variance"] + given.get("eps", 1e-5)).rsqrt()
         scale = scale if given.get("weight") is None else scale * given["weight"]
         shift = -given["mean"] if bias is None else bias - given["mean"]
@@ -267,6 +255,7 @@ def _explained(parts: Parts, apply: Apply, x: Tensor, weight: Tensor, bias: Tens
 
 def _keeping(value: Tensor, path: Tensor) -> Tensor:
     """`value` to the last bit, with the gradient of `path`, whose own values nothing has kept."""
+    path = path.to(value.dtype)
     path.detach().copy_(value)
     return path
 
