@@ -25,7 +25,7 @@ def remembering(model: nn.Module, prefix: Prefix) -> Iterator[None]:
     plain = model.forward
 
     def places_of(images: Tensor) -> list[int]:
-        """None if the network has to run as it is: as images are new, or as someone else replays its modules."""
+        """Nothing where the network has to run as it is: images are new, or someone else replays its modules."""
         if images.requires_grad or any("forward" in vars(model.get_submodule(name)) for name in prefix.names):
             return []
         places = [known.get(mark, -1) for mark in _marks(images)]

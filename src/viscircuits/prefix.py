@@ -123,10 +123,8 @@ class Prefix:
             blank = {name: _repeated(torch.full_like(kept[name], torch.nan), 2) for name in early}
             with self._handing_out(late, blank):
                 reached = not bool(forward(self.model, _repeated(image, 2)).isfinite().all())
-        except (
-            ModelError,
-            RuntimeError,
-        ):  # written in place into what is one memory for both images, or none of an image
+        except (ModelError, RuntimeError):
+            # something wrote into what is one memory for both images, or a module's output has no axis for images
             reached = True
         return frozenset() if reached else frozenset(early)
 
