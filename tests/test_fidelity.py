@@ -297,11 +297,18 @@ def test_remembering_ends_as_it_began_also_nested_and_after_an_exception(halfway
 
 
 def test_every_method_finds_the_same_where_the_network_remembers(fidelity, shown, task):
+    """Of the later layers, whose first is made by a convolution that is not remembered."""
     roster, remembering = fidelity("roster"), fidelity("halfway").remembering
+    later = make_task(
+        task.spec, ("3", "5"), task.concept, task.reference,
+        concept_labels=task.concept_labels, reference_labels=task.reference_labels,
+    )  # fmt: skip
+    prefix = Prefix(task.spec.model, ["2"], torch.cat([shown.concept[0], shown.reference[0]]))
+    assert prefix.names == ("0", "1")
     for contender in roster.of_removal(None):
-        alone = contender.find(task)
-        with remembering(shown.spec.model, shown.prefix):
-            together = contender.find(task)
+        alone = contender.find(later)
+        with remembering(task.spec.model, prefix):
+            together = contender.find(later)
         for layer, scores in together.units.items():
             torch.testing.assert_close(scores, alone.units[layer], rtol=1e-3, atol=1e-5)
 
