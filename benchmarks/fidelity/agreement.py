@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fidelity import photographs
+from fidelity.halfway import remembering
+from fidelity.photographs import Photographs
 from fidelity.planted import correlated
 from fidelity.removal import BEHAVIOUR
 from fidelity.roster import ORACLE, Contender, attempted
@@ -53,15 +55,15 @@ class Job:
         cells = work.cells(self.name, self.wanted())
         if cells.complete:
             return
-        task = task_of(self.network, self.cache)
+        shown = photographs.load(self.network, "groups", GROUP, self.cache)
+        task = task_of(shown)
         sample = drawn(task)
-        oracle = f"{self.name}/{ORACLE}"
-        exact = cells.known.get(oracle, {}).get("scores")
-        if exact is None:
-            exact = removed(task, *sample)
-            entry = {"network": self.network, "method": ORACLE, "scores": exact}
-            cells.keep(oracle, entry)
-        with sharing():
+        with remembering(shown.spec.model, shown.prefix), sharing():
+            oracle = f"{self.name}/{ORACLE}"
+            exact = cells.known.get(oracle, {}).get("scores")
+            if exact is None:
+                exact = removed(task, *sample)
+                cells.keep(oracle, {"network": self.network, "method": ORACLE, "scores": exact})
             for contender in self.contenders:
                 key = f"{self.name}/{contender.title}"
                 if key not in cells.known:
@@ -81,9 +83,8 @@ class Job:
 Sample = tuple[list[Unit], list[tuple[Unit, Unit]]]
 
 
-def task_of(network: str, cache: Path) -> Task:
-    """A few photographs of one group at the last layers."""
-    shown = photographs.load(network, "groups", GROUP, cache)
+def task_of(shown: Photographs) -> Task:
+    """A few photographs at the last layers."""
     concept, reference = (
         [each[:n] for each in part] for part, n in ((shown.concept, N_IMAGES), (shown.reference, N_REFERENCE))
     )

@@ -100,7 +100,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--planted", type=some, help="some of " + ",".join(PLANTED))
     parser.add_argument("--networks", type=some, help="some of " + ",".join(photographs.NETWORKS))
     parser.add_argument("--groups", type=some, help="of photographs; by default " + ",".join(photographs.GROUPS))
-    parser.add_argument("--classes", type=int, default=3, help="how many classes of tiny-imagenet a network")
+    parser.add_argument("--classes", type=int, default=2, help="how many classes of tiny-imagenet a network")
     parser.add_argument(
         "--found-under", choices=("mean", "each"), default="mean", help="ablation under which circuits are found"
     )

@@ -2,7 +2,7 @@
 
 1. A group of ``imagenet-sample`` is cross-fitted: its photographs are dealt into folds; the circuit of a fold is
    found on the other folds and tested on it, so that each is tested once. Of the photographs outside the group some
-   are drawn to be tested, each with one fold's circuit; all others are the reference, the same for all folds.
+   are drawn to be tested, each with one fold's circuit; of the others the reference, the same for all folds.
 2. A class of ``tiny-imagenet`` is found on training images and tested on validation images, its own and those of
    other classes; both only of classes that the network knows.
 3. The network of the quick run has random weights; its concept is what it answers most often on seeded noise.
@@ -36,7 +36,7 @@ NETWORKS = {"lite0": "EfficientNet-Lite0", "squeezenet1_1": "SqueezeNet 1.1"}
 QUICK = "quick"
 START = {"lite0": ("blocks.4.0",)}  # whose second batch norm is the first layer of interest
 GROUPS = ("dog", "bird", "cat", "insect", "fish", "fruit", "car")
-N_FOLDS, QUICK_FOLDS, N_OTHERS = 3, 2, 100
+N_FOLDS, QUICK_FOLDS, N_OTHERS, N_REFERENCE = 3, 2, 100, 400
 N_CLASS_FIND, N_CLASS_TEST, N_CLASS_REFERENCE, N_CLASS_OTHERS = 32, 50, 196, 98
 LEAST_ACCURACY = 0.3  # of a class, on training images, to be asked about
 BATCH = 32
@@ -84,10 +84,9 @@ def load(network: str, source: str, concept: str, cache_folder: Path, seed: int 
 
 @cache
 def network_of(network: str) -> ModelSpec:
-    """The network; Lite0 in the memory format in which its depthwise convolutions are quickest."""
+    """The network, in the memory format in which its convolutions are quickest."""
     spec = load_model(network)
-    if network == "lite0":
-        spec.model.to(memory_format=torch.channels_last)
+    spec.model.to(memory_format=torch.channels_last)
     return spec
 
 
@@ -186,7 +185,7 @@ def _group(network: str, concept: str, cache_folder: Path, seed: int) -> tuple[P
     mine = [i for i, name in enumerate(files) if name in members]
     rest = [i for i, name in enumerate(files) if name not in members]
     test = _drawn(rest, N_OTHERS, seed)
-    find = sorted(set(rest) - set(test))
+    find = _drawn(sorted(set(rest) - set(test)), N_REFERENCE, seed + 1)
     images = np.load(_cached(network, cache_folder), mmap_mode="r")
     parts = [_part(images, files, places) for places in (mine, find, test)]
     return parts[0], parts[1], parts[2], cross_fitted(len(mine), len(test), seed)

@@ -26,7 +26,7 @@ from viscircuits.planted import PLANTED, Planted, plant
 from viscircuits.task import Finding
 
 FORMAT = 1
-SIZES: dict[str, dict[str, Any]] = {"small": {}, "large": {"n_decoys": 12}}  # large where a builder knows the option
+SIZES: dict[str, dict[str, Any]] = {"small": {}, "large": {"n_decoys": 8}}  # large where a builder knows the option
 FIRST_SEED = 3  # the weights of `anchored`'s paths were chosen on the seeds before
 SEEDS_OF_LARGE = 1
 

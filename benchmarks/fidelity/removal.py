@@ -28,7 +28,7 @@ from viscircuits.circuit import Circuit
 from viscircuits.hooks import evaluating, forward
 from viscircuits.task import Finding, Task, make_task
 
-FORMAT = 2  # one more whenever circuits are cut or tested in another way
+FORMAT = 3  # one more whenever circuits are cut or tested in another way
 SIZES = (0.01, 0.02, 0.05, 0.10)
 ABLATIONS = ("mean", "zero")
 BEHAVIOUR = "logit"  # an answer's rivals are mostly its kin: a difference from them would hide what they share

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from viscircuits.ablation import Statistics, describe_layers, measure
 from viscircuits.circuit import Circuit, Edge, Unit
 from viscircuits.errors import ViscircuitsError
-from viscircuits.hooks import evaluating, forward, record, rewrite
+from viscircuits.hooks import evaluating, forward, frozen, record, rewrite
 from viscircuits.layers import Layer, along_units
 from viscircuits.models import ModelSpec, as_spec
 from viscircuits.scores.formulas import choose
@@ -362,9 +362,9 @@ def outcomes(
 
 @contextmanager
 def costing(task: Task) -> Iterator[Task]:
-    """The task with a fresh count of passes, timed; the network in evaluation mode meanwhile."""
+    """The task with a fresh count of passes, timed; the network in evaluation mode and frozen meanwhile."""
     fresh = replace(task, passes=Passes())
     begun = time.perf_counter()
-    with evaluating(task.spec.model):
+    with evaluating(task.spec.model), frozen(task.spec.model):
         yield fresh
     fresh.passes.seconds = time.perf_counter() - begun

@@ -61,7 +61,13 @@ from viscircuits.task import Task, make_task
 PARTS = ("find", "choose", "test")
 SOURCES = ("words on paper", "words on photographs")
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    "anchored": {"protect": 1.0, "answers": "own", "sizes": (0.01, 0.02, 0.05, 0.1), "edges": False},
+    "anchored": {
+        "protect": 1.0,
+        "answers": "own",
+        "sizes": (0.01, 0.02, 0.05, 0.1),
+        "steps_a_size": 12,
+        "edges": False,
+    },
     "attribution-patching": {"edges": False},
     "activation-difference": {},
     "activation": {},

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from viscircuits.exemplars import colour_map
 from viscircuits.featurevis.image import BASES, DISTILL, N_DRAWS, STILL, Eye, Robustness, sampled
 from viscircuits.featurevis.objectives import Objective
 from viscircuits.files import write_atomically
-from viscircuits.hooks import activations, evaluating, submodule
+from viscircuits.hooks import activations, evaluating, frozen, submodule
 from viscircuits.layers import Layer, parse_address
 from viscircuits.models import ModelSpec, as_spec, digest_weights
 from viscircuits.tracing import trace
@@ -128,7 +127,7 @@ def render(
     wanted = [objectives] if isinstance(objectives, Objective) else list(objectives)
     _check(wanted, size, steps, n, batch_size, basis)
     spec = as_spec(model)
-    with evaluating(spec.model), _frozen(spec.model), torch.enable_grad():
+    with evaluating(spec.model), frozen(spec.model), torch.enable_grad():
         scene = _Scene.of(spec, dict.fromkeys(layer for objective in wanted for layer in objective.layers), size)
         for objective in wanted:
             objective.check(scene.layers)
@@ -289,19 +288,6 @@ def _generator(seed: int, objective: Objective, place: int) -> torch.Generator:
 
 
 # ------------------------------------------------------------------ below: the network
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients for the weights, which would cost time and memory; each as it was afterwards."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_()
 
 
 def network_eye(spec: ModelSpec) -> Eye:

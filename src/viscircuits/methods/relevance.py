@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from tqdm import tqdm
 
 from viscircuits.errors import ViscircuitsError
+from viscircuits.hooks import frozen
 from viscircuits.layers import by_unit
 from viscircuits.methods.patching import first_order
 from viscircuits.scores.formulas import choose
@@ -176,15 +177,8 @@ def _parts(gamma: int | float) -> dict[str, Parts | None]:
 @contextmanager
 def propagating(model: nn.Module, convolution: Parts | None, linear: Parts | None) -> Iterator[None]:
     """Record forward passes so that autograd gives coefficients of relevance; parameters are constants meanwhile."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        with _Propagation(convolution, linear):
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    with frozen(model), _Propagation(convolution, linear):
+        yield
 
 
 class _Propagation(TorchFunctionMode):

@@ -31,13 +31,14 @@ from tqdm import tqdm
 from viscircuits.errors import ViscircuitsError
 from viscircuits.hooks import Tap, forward, record, rewrite
 from viscircuits.layers import Layer, by_unit
+from viscircuits.norms import AffineNorms
 from viscircuits.prefix import Prefix
 from viscircuits.scores.formulas import choose
 from viscircuits.selection import largest
 from viscircuits.task import Task, margin
 
 SIZES = (0.01, 0.02, 0.05, 0.10)
-STEPS_A_SIZE = 12
+STEPS_A_SIZE = 8
 IMAGES_A_STEP = (16, 32)
 CAUTION = 0.3
 RAISED = 1.0  # standard deviations of the reference from which on an output is the concept's
@@ -211,7 +212,8 @@ class Removing:
             layer: (~removed).float().expand(len(places), -1).clone().requires_grad_()
             for layer, removed in self.removed.items()
         }  # (image, unit): images do not see one another, so each has its own derivative
-        with self.prefix.replay(places) as images, torch.enable_grad(), rewrite(task.spec.model, self._taps(gates)):
+        tapped = rewrite(task.spec.model, self._taps(gates))
+        with self.prefix.replay(places) as images, torch.enable_grad(), AffineNorms(), tapped:
             outputs = forward(task.spec.model, images)
             concept = self.answers.of_concept(outputs[: len(mine)], self.labels[mine].to(outputs.device))
             reference = self.answers.of_reference(outputs[len(mine) :], self.labels[others].to(outputs.device))
@@ -231,8 +233,8 @@ class Removing:
     def _taps(self, gates: Mapping[str, Tensor]) -> dict[str, Tap]:
         def tap(layer: Layer) -> Tap:
             def gated(values: Tensor) -> Tensor:
-                start = self.task.baseline(layer, values)
-                return start + _by_image(gates[layer.address], values, layer.unit_axis) * (values - start)
+                gate = _by_image(gates[layer.address], values, layer.unit_axis)
+                return torch.lerp(self.task.baseline(layer, values), values, gate)
 
             return gated
 
