@@ -459,6 +459,22 @@ def test_sampled_removals_are_those_of_the_oracle(fidelity, task):
         assert max(found[part]) > 0
 
 
+def test_agreement_is_with_removals_that_remembering_does_not_change(fidelity, tmp_path, monkeypatch):
+    agreement, photographs = fidelity("agreement"), fidelity("photographs")
+    shown = photographs._noise(0)
+    monkeypatch.setattr(photographs, "load", lambda *_: shown)
+    contenders = fidelity("roster").of_agreement(["attribution-patching", "random"])
+    job, work = agreement.Job("lite0", tuple(contenders), tmp_path), fidelity("store").Work(tmp_path)
+    job.run(work)
+    cells = {each["method"]: each for each in work.cells(job.name, job.wanted()).known.values()}
+    task = agreement.task_of(shown)
+    alone = agreement.removed(task, *agreement.drawn(task))
+    for part in ("units", "edges"):
+        assert cells["exact"]["scores"][part] == pytest.approx(alone[part], abs=1e-5)
+    near, far = (cells[name]["agreement"]["units"]["spearman"] for name in ("attribution-patching", "random"))
+    assert near > 0.5 > far
+
+
 # ------------------------------------------------------------------ the store, the roster
 
 

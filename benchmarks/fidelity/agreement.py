@@ -28,7 +28,7 @@ from viscircuits.hooks import activations, evaluating, forward, rewrite
 from viscircuits.prefix import Prefix
 from viscircuits.task import Finding, Task, make_task
 
-FORMAT = 1
+FORMAT = 2
 GROUP, N_IMAGES, N_REFERENCE, N_LAYERS, N_UNITS, N_EDGES = "dog", 16, 64, 4, 60, 60
 
 
@@ -46,7 +46,8 @@ class Job:
 
     def wanted(self) -> dict[str, str]:
         """Key → digest of each cell, that of the removals first."""
-        settings = (FORMAT, BEHAVIOUR, GROUP, N_IMAGES, N_REFERENCE, N_LAYERS, N_UNITS, N_EDGES)
+        drawn_from = (photographs.N_REFERENCE, photographs.N_OTHERS)
+        settings = (FORMAT, BEHAVIOUR, GROUP, N_IMAGES, N_REFERENCE, drawn_from, N_LAYERS, N_UNITS, N_EDGES)
         oracle = {f"{self.name}/{ORACLE}": digest_of(*settings)}
         return oracle | {f"{self.name}/{each.title}": each.digest(*settings) for each in self.contenders}
 

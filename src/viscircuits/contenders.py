@@ -27,7 +27,7 @@ from viscircuits.matrices import Attributions
 from viscircuits.models import ModelSpec
 from viscircuits.scores.controls import CONTROLS, UnitScores
 from viscircuits.selection import reselect, same_size
-from viscircuits.task import Finding, log_probability
+from viscircuits.task import Finding, gradients, log_probability
 from viscircuits.tracing import trace
 
 OUTSIDE = "random, outside it"
@@ -118,9 +118,7 @@ def gradient(spec: ModelSpec, layers: Sequence[str], images: Images, batch_size:
             with record(spec.model, layers) as seen:
                 outputs = forward(spec.model, batch.images)
             judged = log_probability(outputs, outputs.argmax(1)).sum()
-            found = torch.autograd.grad(judged, list(seen.values()), allow_unused=True)
-            for (layer, values), steep in zip(seen.items(), found, strict=True):
-                steep = torch.zeros_like(values) if steep is None else steep
+            for layer, steep in gradients(judged, seen).items():
                 norms = by_unit(steep, axes[layer]).double().norm(dim=2)  # (image, unit)
                 total[layer] = total.get(layer, 0) + norms.sum(0).cpu()
             n_images += len(batch)

@@ -143,7 +143,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No gradients for the parameters, which would cost time and memory; each as it was afterwards."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # made in inference mode a parameter has none, and could not be given back
+    trained = [each for each in model.parameters() if each.requires_grad and not each.is_inference()]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)

@@ -343,12 +343,19 @@ def observe(
     with torch.enable_grad(), rewrite(task.spec.model, replaced or {}), record(task.spec.model, task.addresses) as seen:
         judged = (judge or task.judge)(forward(task.spec.model, images), labels)
         values = dict(seen)
-        found = torch.autograd.grad(judged.sum(), list(values.values()), allow_unused=True, retain_graph=False)
-    gradients = {
-        layer: torch.zeros_like(value) if gradient is None else gradient
-        for (layer, value), gradient in zip(values.items(), found, strict=True)
+    slopes = gradients(judged.sum(), values)
+    return Observed({layer: value.detach() for layer, value in values.items()}, slopes, judged.detach())
+
+
+def gradients(judged: Float[Tensor, ""], values: Mapping[str, Tensor], *, keep: bool = False) -> dict[str, Tensor]:
+    """Gradient of a number in each tensor, 0 where it does not depend on one; with `keep` the graph stays."""
+    if not judged.requires_grad:  # on none at all
+        return {name: torch.zeros_like(value) for name, value in values.items()}
+    found = torch.autograd.grad(judged, list(values.values()), allow_unused=True, retain_graph=keep)
+    return {
+        name: torch.zeros_like(value) if gradient is None else gradient
+        for (name, value), gradient in zip(values.items(), found, strict=True)
     }
-    return Observed({layer: value.detach() for layer, value in values.items()}, gradients, judged.detach())
 
 
 def outcomes(

@@ -35,7 +35,7 @@ from viscircuits.selection import select
 from viscircuits.task import Finding, make_task
 
 INSIDE = "network."  # a reading holds the network under this name
-STEPS_A_SIZE = 8
+STEPS_A_SIZE = 8  # of the published figures, whatever the default
 Scores = Mapping[str, Float[Tensor, "target source"]]  # source layer → a number for each edge to the next
 
 

@@ -65,7 +65,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "protect": 1.0,
         "answers": "own",
         "sizes": (0.01, 0.02, 0.05, 0.1),
-        "steps_a_size": 12,
+        "steps_a_size": 12,  # of the published figures; the default is 8
         "edges": False,
     },
     "attribution-patching": {"edges": False},

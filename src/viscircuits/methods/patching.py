@@ -18,7 +18,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from itertools import product
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from viscircuits.budget import ENGINES, Scoring
@@ -28,7 +27,7 @@ from viscircuits.layers import Layer, by_unit
 from viscircuits.methods.exact import Effects
 from viscircuits.scores.formulas import SCORES, SUMMARIES, choose
 from viscircuits.scores.structured import CHUNK_BYTES
-from viscircuits.task import Finding, Task, costing
+from viscircuits.task import Finding, Task, costing, gradients
 
 Difference = Callable[[Layer, Tensor], Tensor]  # a layer's values → what its gradient is multiplied by
 Rules = Callable[[], AbstractContextManager]  # how the forward pass is recorded for the backward one
@@ -166,13 +165,13 @@ class _Sums:
         with torch.enable_grad(), rewrite(task.spec.model, replaced or {}), _differences(task, difference) as values:
             with self.rules():
                 outputs = forward(task.spec.model, images)
-            gradients = _gradients(task.judge(outputs, labels).sum(), values)
+            slopes = gradients(task.judge(outputs, labels).sum(), values, keep=True)
             for layer in task.layers if of is None else [of]:
-                effect = (values[layer.address].detach() * gradients[layer.address]).double()
+                effect = (values[layer.address].detach() * slopes[layer.address]).double()
                 self.found.units[layer.address].add_(by_unit(effect, layer.unit_axis).sum((0, 2)).cpu(), alpha=share)
             for i, (source, _) in enumerate(task.pairs if self.found.edges else []):
                 if of in (None, source):
-                    self._add_edges(i, values, gradients, share)
+                    self._add_edges(i, values, slopes, share)
 
     def _add_edges(self, i: int, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor], share: float) -> None:
         source, target = self.task.pairs[i]
@@ -209,15 +208,6 @@ def _differences(task: Task, difference: Difference) -> Iterator[dict[str, Tenso
         values = stack.enter_context(record(task.spec.model, task.addresses))
         stack.enter_context(rewrite(task.spec.model, {layer.address: give_back(layer) for layer in task.layers}))
         yield values
-
-
-def _gradients(judged: Float[Tensor, ""], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The behaviour's gradient in every layer; 0 where it does not depend on one."""
-    found = torch.autograd.grad(judged, list(values.values()), allow_unused=True, retain_graph=True)
-    return {
-        layer: torch.zeros_like(value) if gradient is None else gradient
-        for (layer, value), gradient in zip(values.items(), found, strict=True)
-    }
 
 
 # ------------------------------------------------------------------ paths

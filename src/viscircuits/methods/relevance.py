@@ -29,6 +29,7 @@ from viscircuits.errors import ViscircuitsError
 from viscircuits.hooks import frozen
 from viscircuits.layers import by_unit
 from viscircuits.methods.patching import first_order
+from viscircuits.norms import coefficients
 from viscircuits.scores.formulas import choose
 from viscircuits.task import Finding, Task, costing, observe
 
@@ -223,11 +224,10 @@ class _Propagation(TorchFunctionMode):
         output, version, convolve, (x, weight, bias, *how), others = last
         if output._version != version:  # changed in place since
             return func(*args, **kwargs)
-        scale = (given["variance"] + given.get("eps", 1e-5)).rsqrt()
-        scale = scale if given.get("weight") is None else scale * given["weight"]
-        shift = -given["mean"] if bias is None else bias - given["mean"]
-        shift = scale * shift if given.get("bias") is None else scale * shift + given["bias"]
+        known = (given["mean"], given["variance"], given.get("weight"), given.get("bias"), given.get("eps", 1e-5))
+        scale, shift = (each.to(weight.dtype) for each in coefficients(*known))
         merged = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+        shift = shift if bias is None else shift + scale * bias
         return _explained(parts, lambda x, w, b: convolve(x, w, b, *how, **others), x, merged, shift)
 
 

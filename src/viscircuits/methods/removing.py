@@ -17,7 +17,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from math import inf
@@ -35,7 +35,7 @@ from viscircuits.norms import AffineNorms
 from viscircuits.prefix import Prefix
 from viscircuits.scores.formulas import choose
 from viscircuits.selection import largest
-from viscircuits.task import Task, margin
+from viscircuits.task import Task, gradients, margin
 
 SIZES = (0.01, 0.02, 0.05, 0.10)
 STEPS_A_SIZE = 8
@@ -218,13 +218,11 @@ class Removing:
             concept = self.answers.of_concept(outputs[: len(mine)], self.labels[mine].to(outputs.device))
             reference = self.answers.of_reference(outputs[len(mine) :], self.labels[others].to(outputs.device))
         judged = concept.sum() + reference.sum()
-        found: Sequence[Tensor | None] = torch.autograd.grad(judged, list(gates.values()), allow_unused=True)
+        found = gradients(judged, gates)
         task.passes.forward += len(places)
         task.passes.backward += len(places)
         weight = (1 - MEMORY) / (1 - MEMORY ** (done + 1))  # a mean from the first step on
-        for layer, gradient in zip(gates, found, strict=True):
-            if gradient is None:
-                continue
+        for layer, gradient in found.items():
             each = gradient.double().cpu()
             now = (each[: len(mine)].mean(0), each[len(mine) :].mean(0), each[len(mine) :].square().mean(0))
             for mean, value in zip(self.effects[layer], now, strict=True):

@@ -23,7 +23,7 @@ from torch.func import functional_call
 from viscircuits.errors import ViscircuitsError
 from viscircuits.hooks import forward, record, submodule
 from viscircuits.layers import by_unit, parse_address
-from viscircuits.task import Finding, Observed, Pair, Task, costing
+from viscircuits.task import Finding, Observed, Pair, Task, costing, gradients
 from viscircuits.tracing import Trace, trace
 
 Module = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
@@ -225,10 +225,8 @@ def _observe(
     with torch.enable_grad(), record(task.spec.model, wanted) as seen:
         outputs = forward(task.spec.model, images)
         judged = task.judge(outputs, labels) if target is None else _size_of(task, seen, target)
-        found = torch.autograd.grad(judged.sum(), list(seen.values()), allow_unused=True)
-    slopes = zip(seen.items(), found, strict=True)
-    gradients = {name: torch.zeros_like(value) if slope is None else slope for (name, value), slope in slopes}
-    return Observed({name: value.detach() for name, value in seen.items()}, gradients, judged.detach())
+        slopes = gradients(judged.sum(), seen)
+    return Observed({name: value.detach() for name, value in seen.items()}, slopes, judged.detach())
 
 
 def _size_of(task: Task, seen: Mapping[str, Tensor], target: int) -> Float[Tensor, " image"]:
