@@ -36,7 +36,8 @@ NETWORKS = {"lite0": "EfficientNet-Lite0", "squeezenet1_1": "SqueezeNet 1.1"}
 QUICK = "quick"
 START = {"lite0": ("blocks.4.0",)}  # whose second batch norm is the first layer of interest
 GROUPS = ("dog", "bird", "cat", "insect", "fish", "fruit", "car")
-N_FOLDS, QUICK_FOLDS, N_OTHERS, N_REFERENCE = 3, 2, 100, 400
+FOLDS, N_FOLDS = {"lite0": 3}, 2  # of groups; more where the budget allows it
+N_OTHERS, N_REFERENCE = 80, 400
 N_CLASS_FIND, N_CLASS_TEST, N_CLASS_REFERENCE, N_CLASS_OTHERS = 32, 50, 196, 98
 LEAST_ACCURACY = 0.3  # of a class, on training images, to be asked about
 BATCH = 32
@@ -128,12 +129,10 @@ def dealt(n: int, n_hands: int, seed: int) -> list[list[int]]:
 
 def n_folds(network: str, source: str) -> int:
     """How many folds the photographs of a concept are dealt into."""
-    if network == QUICK:
-        return QUICK_FOLDS
-    return N_FOLDS if source == "groups" else 1
+    return FOLDS.get(network, N_FOLDS) if source == "groups" else 1
 
 
-def cross_fitted(n: int, n_others: int, seed: int, n_folds: int = N_FOLDS) -> tuple[Fold, ...]:
+def cross_fitted(n: int, n_others: int, seed: int, n_folds: int) -> tuple[Fold, ...]:
     """Folds of which each photograph of the concept, and each other one, is tested in exactly one."""
     hands, other_hands = dealt(n, n_folds, seed), dealt(n_others, n_folds, seed + 1)
     return tuple(
@@ -188,7 +187,7 @@ def _group(network: str, concept: str, cache_folder: Path, seed: int) -> tuple[P
     find = _drawn(sorted(set(rest) - set(test)), N_REFERENCE, seed + 1)
     images = np.load(_cached(network, cache_folder), mmap_mode="r")
     parts = [_part(images, files, places) for places in (mine, find, test)]
-    return parts[0], parts[1], parts[2], cross_fitted(len(mine), len(test), seed)
+    return parts[0], parts[1], parts[2], cross_fitted(len(mine), len(test), seed, n_folds(network, "groups"))
 
 
 def _part(images: np.ndarray, files: Sequence[str], places: Sequence[int]) -> Part:
@@ -283,7 +282,7 @@ def _noise(seed: int) -> Photographs:
     mine, rest = (which.nonzero().flatten() for which in (labels == concept, labels != concept))
     half = len(rest) // 2
     parts = [(images[places], labels[places]) for places in (mine, rest[:half], rest[half:])]
-    folds = cross_fitted(len(mine), len(rest) - half, seed, QUICK_FOLDS)
+    folds = cross_fitted(len(mine), len(rest) - half, seed, n_folds(QUICK, "groups"))
     layers = ("1", "3", "5")
     prefix = _prefix(as_spec(model), ("0",), images)  # which makes the units of "1"
     return Photographs(as_spec(model), layers, parts[0], parts[1], parts[2], folds, prefix)

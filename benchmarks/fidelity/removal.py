@@ -32,7 +32,7 @@ FORMAT = 3  # one more whenever circuits are cut or tested in another way
 SIZES = (0.01, 0.02, 0.05, 0.10)
 ABLATIONS = ("mean", "zero")
 BEHAVIOUR = "logit"  # an answer's rivals are mostly its kin: a difference from them would hide what they share
-BOUND = "bound"
+BOUND, BOUNDED = "bound", ("lite0", photographs.QUICK)  # the networks where the dear search is given the answers
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ class Job:
         numbers = {name: value for name, value in vars(photographs).items() if name.isupper() and not callable(value)}
         settings = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
         under = "mean" if contender.method in BLIND else self.found_under
-        return contender.digest(FORMAT, under, SIZES, ABLATIONS, BEHAVIOUR, FEWER.get(contender.method), settings)
+        return contender.digest(
+            FORMAT, self.n_folds, under, SIZES, ABLATIONS, BEHAVIOUR, FEWER.get(contender.method), settings
+        )
 
     def run(self, work: Work) -> None:
         """Find and test what is not known yet."""
@@ -184,6 +186,5 @@ def jobs(
     """Every concept of a source, its methods in an order in which they can share."""
     ordered = sorted(contenders, key=lambda each: each.method == "cla")  # after its contrasts, whose matrices it shares
     n = photographs.n_folds(network, source)
-    return [
-        Job(network, source, concept, tuple(ordered), n, source == "groups", cache, found_under) for concept in concepts
-    ]
+    bounded = source == "groups" and network in BOUNDED
+    return [Job(network, source, concept, tuple(ordered), n, bounded, cache, found_under) for concept in concepts]

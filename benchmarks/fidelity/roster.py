@@ -55,6 +55,7 @@ PLANTED_MORE = [  # one price and fewer steps: a gate for each edge is dear to t
 ]
 QUICK_LEAVES_OUT = ("masks", "acdc", "acdc-behaviour")
 
+AGREEMENT_OPTIONS: dict[str, dict[str, Any]] = {"relp": {"edges": False}}  # minutes, for each target's own pass
 # what agreement on a pretrained network cannot wait for, 16 photographs and 60 sampled units
 AGREEMENT_LEAVES_OUT = {
     "gcc": "a forward pass for each unit: 1800 or 3500 units × 16 photographs, some 5 minutes on Lite0",
@@ -104,7 +105,9 @@ def of_planted(only: Sequence[str] | None, *, quick: bool = False) -> list[Conte
 def of_agreement(only: Sequence[str] | None) -> list[Contender]:
     """Whose scores are set beside removal one at a time on pretrained networks."""
     left = {ORACLE, *AGREEMENT_LEAVES_OUT}
-    return _chosen([Contender(name, name) for name in METHODS if name not in left], only)
+    return _chosen(
+        [Contender(name, name, AGREEMENT_OPTIONS.get(name, {})) for name in METHODS if name not in left], only
+    )
 
 
 def of_removal(only: Sequence[str] | None, *, dear: bool = False) -> list[Contender]:
