@@ -9,7 +9,7 @@ from statistics import median
 
 from fidelity.photographs import title_of
 from fidelity.plots import ALT, draw
-from fidelity.roster import AGAINST, ORACLE, RECOMMENDED, REMOVER
+from fidelity.roster import AGAINST, ORACLE, RECOMMENDED, REMOVER, SMALL
 from fidelity.store import Entry
 from fidelity.summary import MOST, by_family, flips, of
 
@@ -50,7 +50,7 @@ def bracketed(entry: Entry | None, digits: int = 2) -> str:
 
 
 def _named(method: str) -> str:
-    return f"**`{method}`**" if method in REMOVERS else f"`{method}`"
+    return f"**`{method}`**" if method in (*REMOVERS, SMALL) else f"`{method}`"
 
 
 def _methods(entries: Iterable[Entry]) -> list[str]:
@@ -275,10 +275,11 @@ def _planted_aims(results: Entry) -> list[str]:
     lines = []
     for part, aim in (("units", 0.98), ("edges", 0.95)):
         families = by_family(results["planted"], lambda entry, part=part: of(entry, part, "auroc"))
-        mine = {family: each[RECOMMENDED] for family, each in families.items() if RECOMMENDED in each}
-        if mine:
-            words = ", ".join(f"{family} {number(each['value'], 3)} {_place(each)}" for family, each in mine.items())
-            lines.append(f"AUROC over {part}, asked for at least {aim}: {words}.")
+        for method in (RECOMMENDED, SMALL):
+            mine = {family: each[method] for family, each in families.items() if method in each}
+            if mine:
+                words = (f"{family} {number(each['value'], 3)} {_place(each)}" for family, each in mine.items())
+                lines.append(f"AUROC over {part}, asked for at least {aim}, `{method}`: {', '.join(words)}.")
     return lines
 
 
@@ -314,8 +315,12 @@ def _ahead(concepts: Iterable[Entry], size: str, method: str) -> str:
     if not known:
         return ""
     above = sum(each["difference"]["value"] > 0 for each in known)
+    sure = sum(each["difference"]["low"] > 0 for each in known)
     apart = sum(each.get("apart", False) for each in known)
-    return f"`{method}` for {above} of {len(known)}, with intervals that do not touch for {apart}"
+    return (
+        f"`{method}` for {above} of {len(known)} (for {sure} the paired difference's interval is above 0), "
+        f"with intervals that do not touch for {apart}"
+    )
 
 
 def _most(concepts: Iterable[Entry], size: str) -> str:

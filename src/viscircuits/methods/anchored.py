@@ -3,10 +3,12 @@
 Two questions, one machine. `protect` says which.
 
 **What computes this?** (``protect=0``) The behaviour on the concept's images is the anchor. Each unit's and edge's
-first-order effect is averaged along three paths (`viscircuits.methods.patching.eap_ig`) and the sizes of the three
+first-order effect is averaged along three paths (`viscircuits.methods.patching.integrated`) and the sizes of the three
 are added: from the mean reference image to the image; from what the ablation makes of a layer to its own values, one
 layer at a time; and the same in all layers at once, which counts a tenth. The first two stay near what the network
 computes. The third leaves it, and so finds copies that can stand in for one another, to which the others may be blind.
+An edge that raises the behaviour on one image and lowers it on another computes something too: on the path of images
+half of its score is the size of the mean, which small effects of either sign leave, and half the mean of the sizes.
 
 **What can be removed so that only this is lost?** (``protect`` above 0)
 
@@ -25,10 +27,11 @@ import torch
 from torch import Tensor
 
 from viscircuits.errors import ViscircuitsError
-from viscircuits.methods.patching import eap_ig
+from viscircuits.methods.exact import exact_effects
+from viscircuits.methods.patching import integrated
 from viscircuits.methods.removing import ANSWERS, CAUTION, IMAGES_A_STEP, SIZES, STEPS_A_SIZE, Removal, Removing
 from viscircuits.scores.formulas import choose
-from viscircuits.task import Finding, Pair, Passes, Task, costing
+from viscircuits.task import Finding, Pair, Task, costing
 
 PATHS = {"inputs": 1.0, "activations": 1.0, "all": 0.1}
 
@@ -45,6 +48,7 @@ def anchored(
     caution: float = CAUTION,
     answers: str = "concept",
     edges: bool = True,
+    removals: bool = False,
     engine: str = "auto",
     progress: bool = False,
 ) -> Finding:
@@ -76,6 +80,9 @@ def anchored(
         have nothing in common but what makes the network answer so (words pasted on photographs).
     edges
         Score edges too, by their effect on the paths where nothing is protected.
+    removals
+        Add the size of what removing each unit and edge by itself does (`viscircuits.methods.exact`), where nothing is
+        protected: a forward pass for each of them, which a network of a few hundred units can afford.
     engine
         For edges: ``auto``, ``structured`` or ``loop``, as for `attribute`.
     progress
@@ -84,8 +91,9 @@ def anchored(
     Raises
     ------
     ViscircuitsError
-        If an option makes no sense; or, where answers are to be protected, if there is but one reference image or
-        every output of the network is an answer of the concept's images, so that none is left.
+        If an option makes no sense, as `removals` where something is protected; or, where answers are to be protected,
+        if there is but one reference image or every output of the network is an answer of the concept's images, so
+        that none is left.
 
     References
     ----------
@@ -95,9 +103,11 @@ def anchored(
     if not 0 <= protect < inf:
         raise ViscircuitsError(f"protect is a weight of 0 or more, got {protect}")
     choose(ANSWERS, answers, "way to judge answers")
-    options = {"protect": protect, "steps": steps, "edges": edges, "engine": engine}
+    options = {"protect": protect, "steps": steps, "edges": edges, "engine": engine, "removals": removals}
     if not protect:
-        return _explained(task, steps, edges, engine, options)
+        return _explained(task, steps, edges, engine, removals, options)
+    if removals:
+        raise ViscircuitsError("removals say what computes something; with protect above 0 leave them out")
     removal = Removal(protect, tuple(sizes), steps_a_size, images_a_step, raise_weight, caution, answers).checked(task)
     with costing(task) as counted:
         removing = Removing(counted, removal)
@@ -106,24 +116,29 @@ def anchored(
     options |= removal.options
     found: Mapping[Pair, Tensor] = {}
     if edges:
-        explained = _explained(task, steps, True, engine, {})
+        explained = _explained(task, steps, True, engine, False, {})
         found = explained.edges
         counted.passes.add(explained.passes)
     return Finding("anchored", ranks, task.widths, found, counted.passes, options)
 
 
-def _explained(task: Task, steps: int, edges: bool, engine: str, options: Mapping[str, Any]) -> Finding:
-    """Sizes of effects along the three paths, added up."""
+def _explained(task: Task, steps: int, edges: bool, engine: str, removals: bool, options: Mapping[str, Any]) -> Finding:
+    """Sizes of effects along the three paths, and if asked for of removal, added up."""
     units = {layer: torch.zeros(width, dtype=torch.float64) for layer, width in task.widths.items()}
     connections: dict[Pair, Tensor] = {}
-    spent = Passes()
-    for path, weight in PATHS.items():
-        if path == "inputs" and task.concept.shape[1:] != task.reference.shape[1:]:
-            continue  # no mean reference image lies on a path to the concept's
-        found = eap_ig(task, path=path, steps=steps, edges=edges, engine=engine)
-        for layer, scores in found.units.items():
-            units[layer] += weight * scores
-        for pair, scores in found.edges.items():
-            connections[pair] = connections.get(pair, 0) + weight * scores
-        spent.add(found.passes)
-    return Finding("anchored", units, task.widths, connections, spent, options)
+    with costing(task) as counted:
+        for path, weight in PATHS.items():
+            of_images = path == "inputs"
+            if of_images and task.concept.shape[1:] != task.reference.shape[1:]:
+                continue  # no mean reference image lies on a path to the concept's
+            found = integrated(counted, path, steps, edges=edges, engine=engine, sizes=of_images)
+            for layer, effects in found.units.items():
+                units[layer] += weight * effects.abs()
+            for pair, effects in found.edges.items():
+                size = effects.abs() if not of_images else (effects.abs() + found.sizes[pair]) / 2
+                connections[pair] = connections.get(pair, 0) + weight * size
+        if removals:
+            removed = exact_effects(counted, edges=edges)
+            units = {layer: scores + removed.units[layer].abs() for layer, scores in units.items()}
+            connections = {pair: scores + removed.edges[pair].abs() for pair, scores in connections.items()}
+    return Finding("anchored", units, task.widths, connections, counted.passes, options)

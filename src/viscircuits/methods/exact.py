@@ -12,7 +12,7 @@ It costs one forward pass for each image and unit, or edge that carries anything
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -39,22 +39,29 @@ class Effects:
         Layer → mean over concept images of behaviour before minus behaviour after.
     edges
         (source layer, target layer) → the same, rows targets.
+    sizes
+        The same of the sizes of edges' effects, which do not cancel between images; empty where not asked for.
     """
 
     units: Mapping[str, Float[Tensor, " unit"]]
     edges: Mapping[Pair, Float[Tensor, "target source"]]
+    sizes: Mapping[Pair, Float[Tensor, "target source"]] = field(default_factory=dict)
 
     @classmethod
-    def none(cls, task: Task, *, edges: bool) -> Effects:
+    def none(cls, task: Task, *, edges: bool, sizes: bool = False) -> Effects:
         """Zeros of the right shapes, to be added to."""
         units = {layer.address: torch.zeros(layer.n_units, dtype=torch.float64) for layer in task.layers}
         shapes = {(s.address, t.address): (t.n_units, s.n_units) for s, t in task.pairs if edges}
-        return cls(units, {pair: torch.zeros(shape, dtype=torch.float64) for pair, shape in shapes.items()})
+        signed, unsigned = (
+            {pair: torch.zeros(shape, dtype=torch.float64) for pair, shape in shapes.items() if wanted}
+            for wanted in (True, sizes)
+        )
+        return cls(units, signed, unsigned)
 
     def averaged(self, n: int) -> Effects:
         """Sums over `n` images as means."""
-        units = {layer: total / n for layer, total in self.units.items()}
-        return Effects(units, {pair: total / n for pair, total in self.edges.items()})
+        edges, sizes = ({pair: total / n for pair, total in part.items()} for part in (self.edges, self.sizes))
+        return Effects({layer: total / n for layer, total in self.units.items()}, edges, sizes)
 
     def finding(self, method: str, task: Task, options: Mapping[str, Any]) -> Finding:
         """Their sizes as scores: what suppresses the behaviour is part of its circuit too."""

@@ -97,12 +97,25 @@ def eap_ig(task: Task, *, path: str = "inputs", steps: int = 5, edges: bool = Tr
     Hanna et al. 2024, arXiv:2403.17806 (``inputs``); Marks et al. 2024, arXiv:2403.19647 (``activations``);
     Sundararajan et al. 2017, arXiv:1703.01365.
     """
+    with costing(task) as counted:
+        found = integrated(counted, path, steps, edges=edges, engine=engine)
+    return found.finding("eap-ig", counted, {"path": path, "steps": steps, "edges": edges, "engine": engine})
+
+
+def integrated(task: Task, path: str, steps: int, *, edges: bool, engine: str, sizes: bool = False) -> Effects:
+    """Signed first-order effects averaged along a path; with `sizes` also the mean size of each edge's.
+
+    Parameters
+    ----------
+    task, path, steps, edges, engine
+        As for `eap_ig`.
+    sizes
+        Average the size of an edge's effect on each image at each point too.
+    """
     walk = choose(PATHS, path, "path")
     if steps < 1:
         raise ViscircuitsError(f"a path needs 1 step or more, got {steps}")
-    with costing(task) as counted:
-        found = walk(_Sums(counted, edges, engine), steps)
-    return found.finding("eap-ig", counted, {"path": path, "steps": steps, "edges": edges, "engine": engine})
+    return walk(_Sums(task, edges, engine, sizes=sizes), steps)
 
 
 def first_order(task: Task, *, edges: bool = True, engine: str = "auto", rules: Rules = nullcontext) -> Effects:
@@ -133,9 +146,11 @@ def _strongest(task: Task, edges: Mapping[tuple[str, str], Tensor]) -> dict[str,
 class _Sums:
     """Adds up first-order effects over images."""
 
-    def __init__(self, task: Task, edges: bool, engine: str, rules: Rules = nullcontext) -> None:
+    def __init__(
+        self, task: Task, edges: bool, engine: str, rules: Rules = nullcontext, *, sizes: bool = False
+    ) -> None:
         self.task, self.rules = task, rules
-        self.found = Effects.none(task, edges=edges)
+        self.found = Effects.none(task, edges=edges, sizes=sizes)
         engines = choose(ENGINES, engine, "engine")
         every_row = [None] * len(task.pairs)
         self.scoring = Scoring(task.layers, SCORES["signed"], SUMMARIES["sum"], every_row, engines)
@@ -175,14 +190,17 @@ class _Sums:
 
     def _add_edges(self, i: int, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor], share: float) -> None:
         source, target = self.task.pairs[i]
-        total = self.found.edges[source.address, target.address]
+        pair = source.address, target.address
         # the gradient of Σ_p a_n ⊙ ∂T/∂a_n, its second factor held fast, is (∂a_n/∂a_m)ᵀ ∂T/∂a_n
         weighted = values[target.address] * gradients[target.address]
         given = {source.address: values[source.address], target.address: weighted}
         self.task.passes.backward += len(weighted) * target.n_units
         first = self.scoring.engines[0]
         for targets, effects, _ in self.scoring.blocks(i, given, first, None, CHUNK_BYTES, lambda *_: None):
-            total[targets] += share * effects.detach().double().sum(0).cpu()
+            effects = effects.detach().double()
+            self.found.edges[pair][targets] += share * effects.sum(0).cpu()
+            if pair in self.found.sizes:
+                self.found.sizes[pair][targets] += share * effects.abs().sum(0).cpu()
 
 
 @contextmanager
