@@ -8,8 +8,7 @@ Two estimates of what a unit does for the concept's answers and not for others',
    the images at hand.
 
 The first, which is in logits in every layer, is divided by its spread over the units of all layers; the second, whose
-layers stand in for one another, by its spread over the layer's. A handful of images says little of what others of
-the concept need, and a path of removal follows it closely: with fewer than sixteen, the effect counts for less.
+layers stand in for one another, by its spread over the layer's.
 """
 
 from __future__ import annotations
@@ -23,8 +22,6 @@ from viscircuits.errors import ViscircuitsError
 from viscircuits.methods.relevance import GAMMA_OF_DIFFERENCE, relp_difference, rules_of
 from viscircuits.methods.removing import CAUTION, IMAGES_A_STEP, SIZES, STEPS_A_SIZE, Removal, Removing, standard
 from viscircuits.task import Finding, Task, costing
-
-IMAGES_FOR_WHOLE_EFFECT = 16
 
 
 def relp_anchored(
@@ -45,9 +42,9 @@ def relp_anchored(
 ) -> Finding:
     """Relevance of each unit to the concept and not to others, plus the effect of its removal when many are removed.
 
-    ``D / spread of D over all layers + weight · E / spread of E over the layer``, with D as in `relp_difference` and
-    E what `anchored` ranks by, without the raise; the weight is ``effect_weight · min(1, concept images / 16)``.
-    Circuits are cut by ``half`` (`viscircuits.task.Finding.circuit`).
+    ``D / spread of D over all layers + effect_weight · E / spread of E over the layer``, with D as in
+    `relp_difference` and E what `anchored` ranks by, without the raise. Circuits are cut by ``half``
+    (`viscircuits.task.Finding.circuit`).
 
     Parameters
     ----------
@@ -56,8 +53,7 @@ def relp_anchored(
     protect
         How much what others lose weighs, in both; above 0.
     effect_weight
-        Of the effect of removal, against relevance, from sixteen concept images on; 0 leaves the order of
-        `relp_difference`.
+        Of the effect of removal, against relevance; 0 leaves the order of `relp_difference`.
     convolutions, linear, gamma
         As for `relp`.
     sizes, steps_a_size, images_a_step, raise_weight, caution, answers
@@ -93,8 +89,7 @@ def relp_anchored(
     counted.passes.add(looked.passes)
     spread = torch.cat(list(looked.units.values())).std(correction=0).clamp(min=1e-12)
     units = {layer: scores / spread for layer, scores in looked.units.items()}
-    weight = effect_weight * min(1.0, len(task.concept) / IMAGES_FOR_WHOLE_EFFECT)
     for layer, of_layer in effects.items():
-        units[layer] = units[layer] + weight * standard(of_layer)
+        units[layer] = units[layer] + effect_weight * standard(of_layer)
     options = {**looked.options, "effect_weight": effect_weight, **removal.options}
     return Finding("relp-anchored", units, task.widths, {}, counted.passes, options, share=looked.share)
