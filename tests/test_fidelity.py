@@ -122,6 +122,43 @@ def test_a_perfect_removal_stands_beside_the_search_and_the_remover(fidelity):
     assert page._most([{}], "0.05") == ""
 
 
+def test_how_many_concepts_are_above_the_control_surely_and_apart(fidelity):
+    page = fidelity("page")
+    told = {
+        "all three": ({"value": 0.2, "low": 0.1, "high": 0.3}, True),
+        "surely": ({"value": 0.2, "low": 0.1, "high": 0.3}, False),
+        "above": ({"value": 0.2, "low": -0.1, "high": 0.5}, False),
+        "level": ({"value": 0.0, "low": -0.1, "high": 0.1}, False),
+        "below": ({"value": -0.2, "low": -0.3, "high": -0.1}, False),
+    }
+    concepts = [
+        {"after": {"mean": {"0.05": {"m": {"difference": difference, "apart": apart}}}}}
+        for difference, apart in told.values()
+    ]
+    assert page._ahead(concepts, "0.05", "m") == (
+        "`m` for 3 of 5 (for 2 the paired difference's interval is above 0), with intervals that do not touch for 1"
+    )
+    assert page._ahead(concepts, "0.05", "other") == ""
+
+
+def test_the_oracle_is_compared_neither_with_itself_nor_with_what_it_is_part_of(fidelity):
+    page, roster = fidelity("page"), fidelity("roster")
+    same = {"pearson": 1.0, "spearman": 1.0}
+    cells = [
+        {"network": "n", "family": "f", "size": "small", "seed": 0, "method": method,
+         "units": {"auroc": auroc}, "edges": {"auroc": auroc}, "agreement": {"units": same, "edges": same}}
+        for method, auroc in ((roster.ORACLE, 0.75), (roster.RECOMMENDED, 0.5), (roster.SMALL, 1.0))
+    ]  # fmt: skip
+    table = page._agreement({"planted": cells, "agreement": []})
+    assert f"`{roster.RECOMMENDED}`" in table
+    assert f"`{roster.ORACLE}`" not in table
+    assert f"`{roster.SMALL}`" not in table
+    lines = page._planted_aims({"planted": cells})
+    assert len(lines) == 4
+    assert lines[0].endswith(f"`{roster.RECOMMENDED}`: f 0.500 (-0.5000 [-0.5000, -0.5000] from the first).")
+    assert lines[1].endswith(f"`{roster.SMALL}`: f 1.000 ●.")
+
+
 def test_method_without_all_folds_is_left_out(fidelity):
     fell = ("1", "0"), ("1", "1")
     cells = [fold(0, *fell), fold(1, *fell), fold(0, *fell, "partly")]
@@ -545,6 +582,7 @@ def test_every_name_of_the_roster_is_a_method(fidelity):
     named = [roster.PLANTED_OPTIONS, roster.REMOVAL_OPTIONS, roster.REMOVAL_LEAVES_OUT, roster.AGREEMENT_LEAVES_OUT]
     named += [roster.FEWER, roster.BLIND, roster.QUICK_LEAVES_OUT]
     named.append((roster.RECOMMENDED, roster.REMOVER, roster.AGAINST, roster.ORACLE))
+    named.append({each.method for each in (*roster.PLANTED_MORE, *roster.REMOVAL_MORE)})
     assert {name for each in named for name in each} <= set(METHODS)
 
 

@@ -147,7 +147,7 @@ def _spent(entries: Sequence[Entry]) -> list[str]:
 
 
 def _agreement(results: Entry) -> str:
-    """Methods × networks: Pearson and Spearman of units and of edges."""
+    """Methods × networks: Pearson and Spearman of units and of edges, but of those that the oracle is part of."""
     planted, real = results["planted"], results["agreement"]
     networks = list(dict.fromkeys(entry["network"] for entry in real))
     groups = {"planted": planted} | {
@@ -160,7 +160,7 @@ def _agreement(results: Entry) -> str:
             for entries in groups.values()
             for part in ("units", "edges")
         ]
-        if method != ORACLE and set(cells) != {"–"}:
+        if method not in (ORACLE, SMALL) and set(cells) != {"–"}:
             rows.append([_named(method), *cells])
     head = [f"{name}, {part}" for name in groups for part in ("units", "edges")]
     return table(["Pearson / Spearman", *head], rows) if rows else ""
