@@ -181,7 +181,7 @@ def test_margins_of_a_whole_answer_are_halves_of_the_anchor():
         ({"protect": float("nan")}, "0 or more"),
         ({"protect": float("inf")}, "0 or more"),
         ({"protect": 1.0, "caution": -1.0}, "0 or more"),
-        ({"protect": 1.0, "removals": True}, "leave them out"),
+        ({"protect": 1.0, "removals": True}, "removals=True asks .* protect=1.0"),
         ({"protect": 1.0, "sizes": (0.2, 0.1)}, "rising"),
         ({"protect": 1.0, "sizes": ()}, "rising"),
         ({"protect": 1.0, "sizes": (0.5, 1.5)}, "rising"),

@@ -7,8 +7,9 @@ first-order effect is averaged along three paths (`viscircuits.methods.patching.
 are added: from the mean reference image to the image; from what the ablation makes of a layer to its own values, one
 layer at a time; and the same in all layers at once, which counts a tenth. The first two stay near what the network
 computes. The third leaves it, and so finds copies that can stand in for one another, to which the others may be blind.
-An edge that raises the behaviour on one image and lowers it on another computes something too: on the path of images
-half of its score is the size of the mean, which small effects of either sign leave, and half the mean of the sizes.
+An edge that raises the behaviour on one image and lowers it on another computes something too, though its mean is
+small: on the path of images an edge counts half the size of its mean and half the mean of its sizes. Units do not,
+as what is small and of either sign is in them mostly cross-talk.
 
 **What can be removed so that only this is lost?** (``protect`` above 0)
 
@@ -82,7 +83,8 @@ def anchored(
         Score edges too, by their effect on the paths where nothing is protected.
     removals
         Add the size of what removing each unit and edge by itself does (`viscircuits.methods.exact`), where nothing is
-        protected: a forward pass for each of them, which a network of a few hundred units can afford.
+        protected. A forward pass for each of them and each image: for networks of a few dozen units a layer, with
+        ``edges=False`` of a few hundred.
     engine
         For edges: ``auto``, ``structured`` or ``loop``, as for `attribute`.
     progress
@@ -107,7 +109,9 @@ def anchored(
     if not protect:
         return _explained(task, steps, edges, engine, removals, options)
     if removals:
-        raise ViscircuitsError("removals say what computes something; with protect above 0 leave them out")
+        raise ViscircuitsError(
+            f"removals=True asks what computes something, protect={protect} what can be removed: give one"
+        )
     removal = Removal(protect, tuple(sizes), steps_a_size, images_a_step, raise_weight, caution, answers).checked(task)
     with costing(task) as counted:
         removing = Removing(counted, removal)

@@ -40,7 +40,8 @@ class Effects:
     edges
         (source layer, target layer) → the same, rows targets.
     sizes
-        The same of the sizes of edges' effects, which do not cancel between images; empty where not asked for.
+        Mean over images (and points of a path) of the size of each edge's effect: it cannot cancel. Empty where not
+        asked for.
     """
 
     units: Mapping[str, Float[Tensor, " unit"]]

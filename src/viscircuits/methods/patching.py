@@ -107,7 +107,9 @@ def integrated(task: Task, path: str, steps: int, *, edges: bool, engine: str, s
 
     Parameters
     ----------
-    task, path, steps, edges, engine
+    task
+        As for `eap_ig`, but as `viscircuits.task.costing` gives it: the network in evaluation mode.
+    path, steps, edges, engine
         As for `eap_ig`.
     sizes
         Average the size of an edge's effect on each image at each point too.
