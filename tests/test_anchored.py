@@ -10,7 +10,6 @@ from viscircuits.errors import ViscircuitsError
 from viscircuits.hooks import count_hooks
 from viscircuits.methods import find
 from viscircuits.methods.anchored import PATHS
-from viscircuits.methods.exact import exact_effects
 from viscircuits.methods.patching import eap_ig
 from viscircuits.methods.removing import Answers
 from viscircuits.task import make_task
@@ -99,22 +98,6 @@ def test_an_edge_that_helps_one_image_and_hurts_another_counts_half_of_its_sizes
     assert found.units["first"].tolist() == [pytest.approx(0)]
 
 
-def test_removals_add_the_effect_of_removing_each_by_itself():
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
-                          nn.Flatten(), nn.Linear(4, 3)).eval()  # fmt: skip
-    task = make_task(model, ["1", "3"], torch.randn(3, 3, 8, 8), torch.randn(4, 3, 8, 8))
-    without, together = (find(task, "anchored", steps=2, removals=removals) for removals in (False, True))
-    exact = find(task, "exact", edges=True)
-    for layer in ("1", "3"):
-        assert torch.allclose(together.units[layer], without.units[layer] + exact.units[layer])
-    assert min(effects.min() for effects in exact_effects(task).units.values()) < 0  # so that sizes are told from signs
-    assert torch.allclose(together.edges["1", "3"], without.edges["1", "3"] + exact.edges["1", "3"])
-    assert together.passes.forward == without.passes.forward + exact.passes.forward
-    of_units = [find(task, "anchored", steps=2, edges=False, removals=removals).passes for removals in (False, True)]
-    assert of_units[1].forward == of_units[0].forward + find(task, "exact").passes.forward
-
-
 def test_without_images_of_one_size_the_path_of_images_is_left_out():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
@@ -181,7 +164,6 @@ def test_margins_of_a_whole_answer_are_halves_of_the_anchor():
         ({"protect": float("nan")}, "0 or more"),
         ({"protect": float("inf")}, "0 or more"),
         ({"protect": 1.0, "caution": -1.0}, "0 or more"),
-        ({"protect": 1.0, "removals": True}, "removals=True asks .* protect=1.0"),
         ({"protect": 1.0, "sizes": (0.2, 0.1)}, "rising"),
         ({"protect": 1.0, "sizes": ()}, "rising"),
         ({"protect": 1.0, "sizes": (0.5, 1.5)}, "rising"),

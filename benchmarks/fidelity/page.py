@@ -9,7 +9,7 @@ from statistics import median
 
 from fidelity.photographs import title_of
 from fidelity.plots import ALT, draw
-from fidelity.roster import AGAINST, ORACLE, RECOMMENDED, REMOVER, SMALL
+from fidelity.roster import AGAINST, ORACLE, RECOMMENDED, REMOVER
 from fidelity.store import Entry
 from fidelity.summary import MOST, by_family, flips, of
 
@@ -50,7 +50,7 @@ def bracketed(entry: Entry | None, digits: int = 2) -> str:
 
 
 def _named(method: str) -> str:
-    return f"**`{method}`**" if method in (*REMOVERS, SMALL) else f"`{method}`"
+    return f"**`{method}`**" if method in REMOVERS else f"`{method}`"
 
 
 def _methods(entries: Iterable[Entry]) -> list[str]:
@@ -147,7 +147,7 @@ def _spent(entries: Sequence[Entry]) -> list[str]:
 
 
 def _agreement(results: Entry) -> str:
-    """Methods × networks: Pearson and Spearman of units and of edges, but of those that the oracle is part of."""
+    """Methods × networks: Pearson and Spearman of units and of edges."""
     planted, real = results["planted"], results["agreement"]
     networks = list(dict.fromkeys(entry["network"] for entry in real))
     groups = {"planted": planted} | {
@@ -160,7 +160,7 @@ def _agreement(results: Entry) -> str:
             for entries in groups.values()
             for part in ("units", "edges")
         ]
-        if method not in (ORACLE, SMALL) and set(cells) != {"–"}:
+        if method != ORACLE and set(cells) != {"–"}:
             rows.append([_named(method), *cells])
     head = [f"{name}, {part}" for name in groups for part in ("units", "edges")]
     return table(["Pearson / Spearman", *head], rows) if rows else ""
@@ -275,11 +275,10 @@ def _planted_aims(results: Entry) -> list[str]:
     lines = []
     for part, aim in (("units", 0.98), ("edges", 0.95)):
         families = by_family(results["planted"], lambda entry, part=part: of(entry, part, "auroc"))
-        for method in (RECOMMENDED, SMALL):
-            mine = {family: each[method] for family, each in families.items() if method in each}
-            if mine:
-                words = (f"{family} {number(each['value'], 3)} {_place(each)}" for family, each in mine.items())
-                lines.append(f"AUROC over {part}, asked for at least {aim}, `{method}`: {', '.join(words)}.")
+        mine = {family: each[RECOMMENDED] for family, each in families.items() if RECOMMENDED in each}
+        if mine:
+            words = ", ".join(f"{family} {number(each['value'], 3)} {_place(each)}" for family, each in mine.items())
+            lines.append(f"AUROC over {part}, asked for at least {aim}: {words}.")
     return lines
 
 

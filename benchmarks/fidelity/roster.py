@@ -50,11 +50,8 @@ class Contender:
 # ------------------------------------------------------------------ planted networks, agreement
 
 PLANTED_OPTIONS: dict[str, dict[str, Any]] = {"exact": {"edges": True}}
-SMALL = "anchored with removals"  # recommended where each unit and edge can be removed by itself
-PLANTED_MORE = [
-    Contender(SMALL, RECOMMENDED, {"removals": True}),
-    # one price and fewer steps: a gate for each edge is dear to train
-    Contender("masks on edges", "masks", {"edges": True, "prices": [0.3], "steps": 40}),
+PLANTED_MORE = [  # one price and fewer steps: a gate for each edge is dear to train
+    Contender("masks on edges", "masks", {"edges": True, "prices": [0.3], "steps": 40})
 ]
 QUICK_LEAVES_OUT = ("masks", "acdc", "acdc-behaviour")
 

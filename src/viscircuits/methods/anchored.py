@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from viscircuits.errors import ViscircuitsError
-from viscircuits.methods.exact import exact_effects
 from viscircuits.methods.patching import integrated
 from viscircuits.methods.removing import ANSWERS, CAUTION, IMAGES_A_STEP, SIZES, STEPS_A_SIZE, Removal, Removing
 from viscircuits.scores.formulas import choose
@@ -49,7 +48,6 @@ def anchored(
     caution: float = CAUTION,
     answers: str = "concept",
     edges: bool = True,
-    removals: bool = False,
     engine: str = "auto",
     progress: bool = False,
 ) -> Finding:
@@ -81,10 +79,6 @@ def anchored(
         have nothing in common but what makes the network answer so (words pasted on photographs).
     edges
         Score edges too, by their effect on the paths where nothing is protected.
-    removals
-        Add the size of what removing each unit and edge by itself does (`viscircuits.methods.exact`), where nothing is
-        protected. A forward pass for each of them and each image: for networks of a few dozen units a layer, with
-        ``edges=False`` of a few hundred.
     engine
         For edges: ``auto``, ``structured`` or ``loop``, as for `attribute`.
     progress
@@ -93,9 +87,8 @@ def anchored(
     Raises
     ------
     ViscircuitsError
-        If an option makes no sense, as `removals` where something is protected; or, where answers are to be protected,
-        if there is but one reference image or every output of the network is an answer of the concept's images, so
-        that none is left.
+        If an option makes no sense; or, where answers are to be protected, if there is but one reference image or
+        every output of the network is an answer of the concept's images, so that none is left.
 
     References
     ----------
@@ -105,13 +98,9 @@ def anchored(
     if not 0 <= protect < inf:
         raise ViscircuitsError(f"protect is a weight of 0 or more, got {protect}")
     choose(ANSWERS, answers, "way to judge answers")
-    options = {"protect": protect, "steps": steps, "edges": edges, "engine": engine, "removals": removals}
+    options = {"protect": protect, "steps": steps, "edges": edges, "engine": engine}
     if not protect:
-        return _explained(task, steps, edges, engine, removals, options)
-    if removals:
-        raise ViscircuitsError(
-            f"removals=True asks what computes something, protect={protect} what can be removed: give one"
-        )
+        return _explained(task, steps, edges, engine, options)
     removal = Removal(protect, tuple(sizes), steps_a_size, images_a_step, raise_weight, caution, answers).checked(task)
     with costing(task) as counted:
         removing = Removing(counted, removal)
@@ -120,14 +109,14 @@ def anchored(
     options |= removal.options
     found: Mapping[Pair, Tensor] = {}
     if edges:
-        explained = _explained(task, steps, True, engine, False, {})
+        explained = _explained(task, steps, True, engine, {})
         found = explained.edges
         counted.passes.add(explained.passes)
     return Finding("anchored", ranks, task.widths, found, counted.passes, options)
 
 
-def _explained(task: Task, steps: int, edges: bool, engine: str, removals: bool, options: Mapping[str, Any]) -> Finding:
-    """Sizes of effects along the three paths, and if asked for of removal, added up."""
+def _explained(task: Task, steps: int, edges: bool, engine: str, options: Mapping[str, Any]) -> Finding:
+    """Sizes of effects along the three paths, added up."""
     units = {layer: torch.zeros(width, dtype=torch.float64) for layer, width in task.widths.items()}
     connections: dict[Pair, Tensor] = {}
     with costing(task) as counted:
@@ -141,8 +130,4 @@ def _explained(task: Task, steps: int, edges: bool, engine: str, removals: bool,
             for pair, effects in found.edges.items():
                 size = effects.abs() if not of_images else (effects.abs() + found.sizes[pair]) / 2
                 connections[pair] = connections.get(pair, 0) + weight * size
-        if removals:
-            removed = exact_effects(counted, edges=edges)
-            units = {layer: scores + removed.units[layer].abs() for layer, scores in units.items()}
-            connections = {pair: scores + removed.edges[pair].abs() for pair, scores in connections.items()}
     return Finding("anchored", units, task.widths, connections, counted.passes, options)
