@@ -122,6 +122,21 @@ def test_a_perfect_removal_stands_beside_the_search_and_the_remover(fidelity):
     assert page._most([{}], "0.05") == ""
 
 
+def test_how_much_must_be_lost_to_stand_apart(fidelity):
+    """Draws of four photographs of which k are lost: an end of the interval is a fraction of four."""
+    needed = fidelity("summary").needed
+    assert needed(4, 4, -0.1) == 0
+    assert needed(4, 4, 0.0) == 3  # with two lost a draw in sixteen has none of them, with three one in 256
+    assert needed(4, 2, 0.0) is None
+    assert needed(4, 4, 0.9) == 4
+    assert needed(4, 4, 1.0) is None
+    page, roster = fidelity("page"), fidelity("roster")
+    control = {size: {roster.AGAINST: {"high": high}} for size, high in (("0.05", 0.0), ("0.1", 0.9))}
+    concept = {"n": {"concept": 4}, "accuracy": {"concept": 0.75}, "after": {"mean": control, "zero": control}}
+    results = {"removal": {"lite0": {"groups": {"concepts": {"dog": concept, "cat": {**concept, "after": {}}}}}}}
+    assert page._needed(results).splitlines()[-1] == "| EfficientNet-Lite0, dog | 3 of 3 | – of 3 | 3 of 3 | – of 3 |"
+
+
 def test_how_many_concepts_are_above_the_control_surely_and_apart(fidelity):
     page = fidelity("page")
     told = {
@@ -264,10 +279,10 @@ def test_groups_share_no_photograph_with_what_they_are_set_beside(fidelity, shar
     files = photographs._files()
     blank = torch.arange(len(files), dtype=torch.float32).reshape(-1, 1, 1, 1).numpy()
     monkeypatch.setattr(photographs.np, "load", lambda *_, **__: blank)
-    parts = photographs._group("lite0", "fruit", tmp_path, 0)[:3]
+    parts = photographs._group("lite0", "fruit", tmp_path, 0, 3, 70)[:3]
     places = [set(images.flatten().int().tolist()) for images, _ in parts]
     assert {files[i] for i in places[0]} == set(photographs.group_members("fruit"))
-    assert [len(each) for each in places[1:]] == [photographs.N_REFERENCE, photographs.N_OTHERS]
+    assert [len(each) for each in places[1:]] == [photographs.N_REFERENCE, 70]
     assert not (places[0] & places[1] or places[0] & places[2] or places[1] & places[2])
     assert parts[0][1].tolist() == [int(files[i].split("_")[0]) for i in sorted(places[0])]
 
@@ -649,3 +664,49 @@ def test_quick_run_writes_the_page_and_another_measures_nothing(fidelity, tmp_pa
         monkeypatch.setattr(fidelity(room), "attempted", lambda *_: pytest.fail("measured again"))
     command.main(arguments)
     assert (tmp_path / "docs" / "fidelity.md").read_text(encoding="utf-8") == page
+
+
+@pytest.mark.slow
+def test_a_closer_look_is_added_and_kept_while_it_holds(fidelity, tmp_path, monkeypatch, capsys):
+    """Of the quick run's noise and one planted network, in place of photographs and a hundred trained ones."""
+    command, closer = fidelity("command"), fidelity("closer")
+    for name, value in {"NETWORK": "quick", "FOLDS": {"noise": 2}, "TRAINED": ("circle",), "SEEDS": (60,)}.items():
+        monkeypatch.setattr(closer, name, value)
+    monkeypatch.setattr(command, "_prepare", lambda _: None)
+    folders = ["--out", str(tmp_path / "docs"), "--work", str(tmp_path / "work")]
+    few = ["--quick", "--only", "planted", "--planted", "circle", "--methods", "exact,anchored", *folders]
+
+    def known() -> dict:
+        return json.loads((tmp_path / "docs" / "fidelity.json").read_text(encoding="utf-8"))
+
+    with pytest.raises(SystemExit):
+        command.main(["--closer", "--jobs", "1", *folders])
+    assert "run the benchmark without --closer first" in capsys.readouterr().err
+    command.main(few)
+    before = known()
+    command.main(["--closer", "--jobs", "1", *folders])
+    looked = known()
+    closer_look = looked.pop("closer")
+    assert looked == before
+    assert [cell["seed"] for cell in closer_look["planted"]] == [60, 60]
+    noise = closer_look["removal"]["quick"]["groups"]["concepts"]["noise"]
+    assert set(noise["after"]) == {"mean", "zero"}
+    assert set(noise["after"]["mean"]) == {"0.05", "0.1"}
+    assert {"relp-anchored", "relp-anchored over all", "activation-difference"} < set(noise["after"]["mean"]["0.05"])
+    page = (tmp_path / "docs" / "fidelity.md").read_text(encoding="utf-8")
+    assert "AUROC, 1 hand-wired networks" in page.partition("## A closer look")[2]
+    command.main(few)
+    assert known()["closer"] == closer_look
+    monkeypatch.setattr(closer, "SIZES", (0.05,))
+    command.main(few)
+    assert "closer" not in known()
+
+
+def test_a_closer_look_takes_all_groups_and_seeds_of_its_own(fidelity, shared_data):
+    closer, photographs = fidelity("closer"), fidelity("photographs")
+    assert set(closer.FOLDS) == set(photographs.GROUPS)
+    for concept, folds in closer.FOLDS.items():
+        assert folds <= len(photographs.group_members(concept))
+    jobs = closer.jobs(Path())
+    assert {job.name.partition("/")[0] for job in jobs} == {"closer", "planted"}
+    assert min(job.seed for job in jobs if job.name.startswith("planted")) > fidelity("planted").FIRST_SEED + 2

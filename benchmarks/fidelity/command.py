@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from fidelity import agreement, page, photographs, planted, removal, roster
+from fidelity import agreement, closer, page, photographs, planted, removal, roster
 from fidelity.roster import AGAINST, RECOMMENDED
 from fidelity.store import Entry, Work
 from fidelity.summary import of_concept, over_concepts
@@ -66,6 +66,15 @@ def main(arguments: list[str] | None = None) -> None:
     if options.page:
         page.write(json.loads((options.out / FILE).read_text(encoding="utf-8")), options.out)
         return
+    results, failures = _looked_closer(options) if options.closer else _whole(options)
+    write(results, options.out)
+    print(f"written to {options.out.name}/fidelity.md", flush=True)
+    if failures:
+        raise SystemExit("failed:\n" + "\n".join(failures))
+
+
+def _whole(options: argparse.Namespace) -> tuple[Entry, list[str]]:
+    """All that was asked for, and what failed."""
     work, begun = Work(options.work), time.perf_counter()
     if not options.quick and "real" in options.only:
         ready = [Preparing(name, options.classes, options.work) for name in options.networks]
@@ -75,16 +84,40 @@ def main(arguments: list[str] | None = None) -> None:
     failures = drained([(job, work) for job in jobs], _run, options.jobs, "fidelity")
     results = gathered(jobs, work, options)
     whole = anew and not failures
+    results |= _closer_before(options.out / FILE, options.work)
     results |= {"clock": time.perf_counter() - begun} if whole else _clock_before(results, options.out / FILE)
-    write(results, options.out)
-    print(f"written to {options.out.name}/fidelity.md", flush=True)
-    if failures:
-        raise SystemExit("failed:\n" + "\n".join(failures))
+    return results, failures
+
+
+def _looked_closer(options: argparse.Namespace) -> tuple[Entry, list[str]]:
+    """What is known of the rest with a closer look added, and what failed."""
+    results, work = _before(options.out / FILE), Work(options.work)
+    drained([Preparing(closer.NETWORK, 0, options.work)], _prepare, 1, "preparing")
+    jobs = closer.jobs(options.work)
+    failures = drained([(job, work) for job in jobs], _run, options.jobs, "a closer look")
+    cells = [cell for job in jobs for cell in work.cells(job.name, job.wanted()).known.values()]
+    results["closer"] = {
+        "digest": closer.digest(jobs),
+        "seconds": sum(cell["took"] for cell in cells),
+        "planted": [_brief(cell) for cell in cells if "family" in cell],
+        "removal": removals([cell for cell in cells if "concept" in cell]),
+    }
+    return results, failures
+
+
+def _closer_before(path: Path, cache: Path) -> Entry:
+    """The closer look that was taken before, while nothing that decides its numbers has changed."""
+    before = _before(path).get("closer")
+    return {"closer": before} if before and before["digest"] == closer.digest(closer.jobs(cache)) else {}
+
+
+def _before(path: Path) -> Entry:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _clock_before(results: Entry, path: Path) -> Entry:
     """The time that the whole took, where it was measured in one go and nothing has been measured since."""
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = _before(path)
     same = all(before.get(name) == rounded(results[name]) for name in ("seconds", "jobs", "machine"))
     return {"clock": before["clock"]} if same and "clock" in before else {}
 
@@ -104,6 +137,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--found-under", choices=("mean", "each"), default="mean", help="ablation under which circuits are found"
     )
+    parser.add_argument(
+        "--closer", action="store_true",
+        help="a closer look at trained networks and at groups in EfficientNet-Lite0, half an hour, added to the page",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, help="of each planted network (3; 1 if quick)")
     parser.add_argument("--dear", action="store_true", help="remove circuits of methods that take hours, too")
     parser.add_argument("--jobs", type=int, help="processes at once (2; 1 if quick)")
@@ -133,6 +170,10 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     for name, names in {**known, "methods": [*METHODS, *titles]}.items():
         if unknown := set(getattr(options, name) or ()) - set(names):
             parser.error(f"no --{name} {', '.join(sorted(unknown))}; choose from {', '.join(dict.fromkeys(names))}")
+    if options.closer and not (options.out / FILE).is_file():
+        parser.error(
+            f"no {FILE} in {options.out.name} to add a closer look to; run the benchmark without --closer first"
+        )
 
 
 # ------------------------------------------------------------------ jobs

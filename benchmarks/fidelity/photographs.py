@@ -68,19 +68,33 @@ class Fold:
     others: tuple[int, ...]
 
 
-def load(network: str, source: str, concept: str, cache_folder: Path, seed: int = 0) -> Photographs:
-    """The photographs of a concept: a group of ``groups``, a class of ``classes``, or of noise for the quick run."""
+def load(
+    network: str,
+    source: str,
+    concept: str,
+    cache_folder: Path,
+    seed: int = 0,
+    *,
+    folds: int | None = None,
+    n_others: int = N_OTHERS,
+) -> Photographs:
+    """The photographs of a concept: a group of ``groups``, a class of ``classes``, or of noise for the quick run.
+
+    A group is dealt into `folds`, by default as many as the network has in the tables.
+    """
     if network == QUICK:
         return _noise(seed)
     spec = network_of(network)
-    concept_part, reference, others, folds = SOURCES[source](network, concept, cache_folder, seed)
     if source == "groups":
+        folds = n_folds(network, source) if folds is None else folds
+        concept_part, reference, others, dealt_out = _group(network, concept, cache_folder, seed, folds, n_others)
         prefix = _prefix_of_sample(network, cache_folder)
     else:
+        concept_part, reference, others, dealt_out = _class(network, concept, cache_folder)
         prefix = _prefix(
             spec, _start(network, spec), torch.cat([part[0] for part in (concept_part, reference, others)])
         )
-    return Photographs(spec, later_half(spec), concept_part, reference, others, folds, prefix)
+    return Photographs(spec, later_half(spec), concept_part, reference, others, dealt_out, prefix)
 
 
 @cache
@@ -179,15 +193,17 @@ def _cached(network: str, cache_folder: Path) -> Path:
     return cache_folder / f"images-{network}.npy"
 
 
-def _group(network: str, concept: str, cache_folder: Path, seed: int) -> tuple[Part, Part, Part, tuple[Fold, ...]]:
+def _group(
+    network: str, concept: str, cache_folder: Path, seed: int, folds: int, n_others: int
+) -> tuple[Part, Part, Part, tuple[Fold, ...]]:
     files, members = _files(), set(group_members(concept))
     mine = [i for i, name in enumerate(files) if name in members]
     rest = [i for i, name in enumerate(files) if name not in members]
-    test = _drawn(rest, N_OTHERS, seed)
+    test = _drawn(rest, n_others, seed)
     find = _drawn(sorted(set(rest) - set(test)), N_REFERENCE, seed + 1)
     images = np.load(_cached(network, cache_folder), mmap_mode="r")
     parts = [_part(images, files, places) for places in (mine, find, test)]
-    return parts[0], parts[1], parts[2], cross_fitted(len(mine), len(test), seed, n_folds(network, "groups"))
+    return parts[0], parts[1], parts[2], cross_fitted(len(mine), len(test), seed, folds)
 
 
 def _part(images: np.ndarray, files: Sequence[str], places: Sequence[int]) -> Part:
@@ -240,7 +256,7 @@ def _class_files(part: str, name: str) -> list[Path]:
     return sorted((DATA / "tiny-imagenet" / part / name).iterdir())
 
 
-def _class(network: str, concept: str, cache_folder: Path, seed: int) -> tuple[Part, Part, Part, tuple[Fold, ...]]:
+def _class(network: str, concept: str, cache_folder: Path) -> tuple[Part, Part, Part, tuple[Fold, ...]]:
     spec = network_of(network)
     outputs = _outputs(spec)
     rest = [name for name in sorted(outputs) if name != concept]
@@ -259,9 +275,6 @@ def _of_classes(spec: ModelSpec, outputs: dict[str, int], names: Sequence[str], 
     each = max(1, n // len(names))
     files = [(path, outputs[name]) for name in names for path in _class_files(part, name)[:each]]
     return _read(spec, [path for path, _ in files]), torch.tensor([label for _, label in files])
-
-
-SOURCES = {"groups": _group, "classes": _class}
 
 
 # ------------------------------------------------------------------ the quick run

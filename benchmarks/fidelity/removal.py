@@ -47,10 +47,13 @@ class Job:
     bounded: bool
     cache: Path
     found_under: str = "mean"  # or "each"
+    part: str = "removal"
+    n_others: int = photographs.N_OTHERS  # beside a group
+    sizes: tuple[float, ...] = SIZES
 
     @property
     def name(self) -> str:
-        return f"removal/{self.network}/{self.source}/{self.concept}"
+        return f"{self.part}/{self.network}/{self.source}/{self.concept}"
 
     def key(self, fold: int | str, contender: Contender) -> str:
         return f"{self.name}/{fold}/{contender.title}"
@@ -70,17 +73,20 @@ class Job:
         settings = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
         under = "mean" if contender.method in BLIND else self.found_under
         return contender.digest(
-            FORMAT, self.n_folds, under, SIZES, ABLATIONS, BEHAVIOUR, FEWER.get(contender.method), settings
-        )
+            FORMAT, self.n_folds, self.n_others, under, self.sizes, ABLATIONS, BEHAVIOUR,
+            FEWER.get(contender.method), settings,
+        )  # fmt: skip
 
     def run(self, work: Work) -> None:
         """Find and test what is not known yet."""
         cells = work.cells(self.name, self.wanted())
         if cells.complete:
             return
-        shown = photographs.load(self.network, self.source, self.concept, self.cache)
+        shown = photographs.load(
+            self.network, self.source, self.concept, self.cache, folds=self.n_folds, n_others=self.n_others
+        )
         with remembering(shown.spec.model, shown.prefix), sharing() as shared:
-            testing = Testing(shown)
+            testing = Testing(shown, self.sizes)
             for fold, contender in self._cells():
                 key = self.key(fold, contender)
                 if key in cells.known:
@@ -126,8 +132,8 @@ def task_of(shown: Photographs, places: Fold, statistics: Statistics, contender:
 class Testing:
     """Removes circuits from held-out photographs."""
 
-    def __init__(self, shown: Photographs) -> None:
-        self.shown = shown
+    def __init__(self, shown: Photographs, sizes: Sequence[float] = SIZES) -> None:
+        self.shown, self.sizes = shown, sizes
         self.n_concept = len(shown.concept[0])
         self.images = torch.cat([shown.concept[0], shown.others[0]])
         self.labels = torch.cat([shown.concept[1], shown.others[1]])
@@ -149,7 +155,7 @@ class Testing:
         return {
             "full": self.full[places],
             "after": {
-                ablation: {str(size): self._right(places, finding.circuit(size), ablation) for size in SIZES}
+                ablation: {str(size): self._right(places, finding.circuit(size), ablation) for size in self.sizes}
                 for ablation, finding in found.items()
             },
             "passes": asdict(found[ABLATIONS[0]].passes),
