@@ -123,13 +123,14 @@ def test_a_perfect_removal_stands_beside_the_search_and_the_remover(fidelity):
 
 
 def test_how_much_must_be_lost_to_stand_apart(fidelity):
-    """Draws of four photographs of which k are lost: an end of the interval is a fraction of four."""
+    """Four drawn photographs hold none of two that are lost with a chance of .0625, none of three with one of .0039."""
     needed = fidelity("summary").needed
-    assert needed(4, 4, -0.1) == 0
-    assert needed(4, 4, 0.0) == 3  # with two lost a draw in sixteen has none of them, with three one in 256
-    assert needed(4, 2, 0.0) is None
-    assert needed(4, 4, 0.9) == 4
-    assert needed(4, 4, 1.0) is None
+    assert needed(4, 4, -0.1, 4) == 0
+    assert needed(4, 4, 0.0, 4) == 3
+    assert needed(4, 2, 0.0, 4) is None
+    assert needed(4, 4, 0.9, 4) == 4
+    assert needed(4, 4, 1.0, 4) is None
+    assert needed(7, 7, 0.5714, 4) == 7  # with six lost the interval begins at 4 / 7, which touches
     page, roster = fidelity("page"), fidelity("roster")
     control = {size: {roster.AGAINST: {"high": high}} for size, high in (("0.05", 0.0), ("0.1", 0.9))}
     concept = {"n": {"concept": 4}, "accuracy": {"concept": 0.75}, "after": {"mean": control, "zero": control}}
@@ -257,7 +258,7 @@ def test_larger_size_is_built_only_where_the_builder_knows_it(fidelity):
 @pytest.mark.parametrize("n", [8, 95])
 def test_each_photograph_is_tested_once_and_never_found_with(fidelity, n):
     photographs = fidelity("photographs")
-    n_folds = photographs.n_folds("lite0", "groups")
+    n_folds = photographs.folds_of("lite0", "groups")
     folds = photographs.cross_fitted(n, 100, 0, n_folds)
     assert len(folds) == n_folds
     assert sorted(place for fold in folds for place in fold.test) == list(range(n))
@@ -423,9 +424,9 @@ def test_found_under_each_ablation_or_once(fidelity, shown, tmp_path):
 
     two = (Asked("eap-ig", "attribution-patching", {"edges": False}), Asked("random", "random"))
     for under in ("mean", "each"):
-        job = removal.Job("quick", "groups", "noise", two, 1, False, tmp_path, under)
+        job = removal.Job("quick", "groups", "noise", two, 2, False, tmp_path, under)
         job.run(store.Work(tmp_path / under))
-    assert asked == ["mean", "mean", "mean", "zero", "mean"]  # random has no use for the ablation
+    assert asked == ["mean", "mean"] * 2 + ["mean", "zero", "mean"] * 2  # random has no use for the ablation
 
 
 def test_bound_finds_and_tests_on_the_same_photographs(fidelity, shown):
@@ -512,7 +513,7 @@ def test_sampled_removals_are_those_of_the_oracle(fidelity, task):
 
 def test_agreement_is_with_removals_that_remembering_does_not_change(fidelity, tmp_path, monkeypatch):
     agreement, photographs = fidelity("agreement"), fidelity("photographs")
-    shown = photographs._noise(0)
+    shown = photographs.load("quick", "groups", "noise", Path())
     monkeypatch.setattr(photographs, "load", lambda *_: shown)
     contenders = fidelity("roster").of_agreement(["attribution-patching", "random"])
     job, work = agreement.Job("lite0", tuple(contenders), tmp_path), fidelity("store").Work(tmp_path)
@@ -666,47 +667,95 @@ def test_quick_run_writes_the_page_and_another_measures_nothing(fidelity, tmp_pa
     assert (tmp_path / "docs" / "fidelity.md").read_text(encoding="utf-8") == page
 
 
-@pytest.mark.slow
-def test_a_closer_look_is_added_and_kept_while_it_holds(fidelity, tmp_path, monkeypatch, capsys):
-    """Of the quick run's noise and one planted network, in place of photographs and a hundred trained ones."""
+@pytest.fixture
+def look(fidelity, tmp_path, monkeypatch):
+    """Runs the benchmark on a planted network, and a closer look at noise and at it; and reads what was written."""
     command, closer = fidelity("command"), fidelity("closer")
-    for name, value in {"NETWORK": "quick", "FOLDS": {"noise": 2}, "TRAINED": ("circle",), "SEEDS": (60,)}.items():
+    small = {"NETWORK": "quick", "FOLDS": {"noise": 3}, "N_OTHERS": 12, "TRAINED": ("circle",), "SEEDS": (60, 61)}
+    for name, value in small.items():
         monkeypatch.setattr(closer, name, value)
     monkeypatch.setattr(command, "_prepare", lambda _: None)
-    folders = ["--out", str(tmp_path / "docs"), "--work", str(tmp_path / "work")]
-    few = ["--quick", "--only", "planted", "--planted", "circle", "--methods", "exact,anchored", *folders]
+    folders = ["--out", str(tmp_path / "docs"), "--work", str(tmp_path / "work"), "--jobs", "1"]
+    few = ["--quick", "--only", "planted", "--planted", "circle", "--methods", "exact,anchored"]
 
-    def known() -> dict:
-        return json.loads((tmp_path / "docs" / "fidelity.json").read_text(encoding="utf-8"))
+    def run(*, closer: bool) -> tuple[dict, str]:
+        command.main([*(["--closer"] if closer else few), *folders])
+        texts = [(tmp_path / "docs" / f"fidelity.{end}").read_text(encoding="utf-8") for end in ("json", "md")]
+        return json.loads(texts[0]), texts[1].partition("## A closer look")[2].partition("## Cost")[0]
 
+    return run
+
+
+@pytest.mark.slow
+def test_a_closer_look_is_added_and_kept_while_it_holds(fidelity, look, monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        command.main(["--closer", "--jobs", "1", *folders])
+        look(closer=True)
     assert "run the benchmark without --closer first" in capsys.readouterr().err
-    command.main(few)
-    before = known()
-    command.main(["--closer", "--jobs", "1", *folders])
-    looked = known()
-    closer_look = looked.pop("closer")
+    before, _ = look(closer=False)
+    looked, page = look(closer=True)
+    found = looked.pop("closer")
     assert looked == before
-    assert [cell["seed"] for cell in closer_look["planted"]] == [60, 60]
-    noise = closer_look["removal"]["quick"]["groups"]["concepts"]["noise"]
-    assert set(noise["after"]) == {"mean", "zero"}
-    assert set(noise["after"]["mean"]) == {"0.05", "0.1"}
-    assert {"relp-anchored", "relp-anchored over all", "activation-difference"} < set(noise["after"]["mean"]["0.05"])
-    page = (tmp_path / "docs" / "fidelity.md").read_text(encoding="utf-8")
-    assert "AUROC, 1 hand-wired networks" in page.partition("## A closer look")[2]
-    command.main(few)
-    assert known()["closer"] == closer_look
-    monkeypatch.setattr(closer, "SIZES", (0.05,))
-    command.main(few)
-    assert "closer" not in known()
+    assert found["seconds"] > 0
+    assert [cell["seed"] for cell in found["planted"]] == [60, 60, 61, 61]
+    noise = found["removal"]["quick"]["groups"]["concepts"]["noise"]
+    assert noise["n"]["others"] == 12
+    assert {ablation: set(sizes) for ablation, sizes in noise["after"].items()} == {
+        "mean": {"0.05", "0.1"},
+        "zero": {"0.05", "0.1"},
+    }
+    assert set(noise["after"]["mean"]["0.05"]) == {each.title for each in fidelity("closer")._removers()}
+    for told in (
+        "AUROC, 2 seeds of hand-wired",
+        "mean ablation, above `activation-difference`",
+        "| `relp-anchored over all` |",
+        "| `relp-anchored` − `activation-difference` |",
+        "right answers to take",
+    ):
+        assert told in page
+    assert look(closer=False)[0]["closer"] == found
+    monkeypatch.setattr(fidelity("closer"), "N_OTHERS", 13)
+    capsys.readouterr()
+    assert "closer" not in look(closer=False)[0]
+    assert "until --closer is run again" in capsys.readouterr().out
 
 
-def test_a_closer_look_takes_all_groups_and_seeds_of_its_own(fidelity, shared_data):
+@pytest.mark.slow
+def test_a_closer_look_that_fails_replaces_none(fidelity, look, monkeypatch):
+    look(closer=False)
+    found = look(closer=True)[0]["closer"]
+    monkeypatch.setattr(fidelity("closer"), "SEEDS", (60, 61, 62))
+    plain = fidelity("planted").plant
+
+    def plant(network: str, seed: int, **options):
+        if seed == 62:
+            raise ValueError("no such seed")
+        return plain(network, seed, **options)
+
+    monkeypatch.setattr(fidelity("planted"), "plant", plant)
+    with pytest.raises(SystemExit, match="no such seed"):
+        look(closer=True)
+    monkeypatch.setattr(fidelity("closer"), "SEEDS", (60, 61))
+    assert look(closer=False)[0]["closer"] == found
+
+
+def test_a_closer_look_takes_nothing_else(fidelity, capsys):
+    for more in (["--quick"], ["--methods", "eap"], ["--page"], ["--found-under", "each"]):
+        with pytest.raises(SystemExit):
+            fidelity("command").parse(["--closer", *more])
+        assert f"--closer takes no {more[0]}" in capsys.readouterr().err
+
+
+def test_a_closer_look_takes_all_groups_seeds_of_its_own_and_the_removers(fidelity, shared_data):
     closer, photographs = fidelity("closer"), fidelity("photographs")
     assert set(closer.FOLDS) == set(photographs.GROUPS)
-    for concept, folds in closer.FOLDS.items():
-        assert folds <= len(photographs.group_members(concept))
+    for concept, n_folds in closer.FOLDS.items():
+        assert n_folds <= len(photographs.group_members(concept))
     jobs = closer.jobs(Path())
     assert {job.name.partition("/")[0] for job in jobs} == {"closer", "planted"}
-    assert min(job.seed for job in jobs if job.name.startswith("planted")) > fidelity("planted").FIRST_SEED + 2
+    assert {job.seed for job in jobs if job.name.startswith("planted")} == set(range(60, 110))
+    of_groups = [job for job in jobs if job.name.startswith("closer")]
+    assert {(job.n_folds, job.n_others) for job in of_groups} == {(n, 300) for n in closer.FOLDS.values()}
+    removers = {each.title: each for each in of_groups[0].contenders}
+    assert removers["anchored"].options["protect"] == 1
+    assert removers["relp-anchored over all"].share == "over all"
+    assert removers["relp-anchored"].share is None

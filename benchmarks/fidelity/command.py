@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 from fidelity import agreement, closer, page, photographs, planted, removal, roster
 from fidelity.roster import AGAINST, RECOMMENDED
-from fidelity.store import Entry, Work
+from fidelity.store import DIGITS, Entry, Work
 from fidelity.summary import of_concept, over_concepts
 from viscircuits.methods import METHODS
 from viscircuits.planted import PLANTED
 
 ROOT = Path(__file__).resolve().parents[2]
-FILE, FORMAT, DIGITS = "fidelity.json", 1, 4
+FILE, FORMAT = "fidelity.json", 1
 PARTS = ("planted", "real")
 QUICK_NETWORKS = ("circle", "suppressor", "copies")
 
@@ -90,25 +90,32 @@ def _whole(options: argparse.Namespace) -> tuple[Entry, list[str]]:
 
 
 def _looked_closer(options: argparse.Namespace) -> tuple[Entry, list[str]]:
-    """What is known of the rest with a closer look added, and what failed."""
-    results, work = _before(options.out / FILE), Work(options.work)
+    """What is known of the rest with a closer look, where nothing failed in it, in place of the one before."""
+    work = Work(options.work)
     drained([Preparing(closer.NETWORK, 0, options.work)], _prepare, 1, "preparing")
     jobs = closer.jobs(options.work)
     failures = drained([(job, work) for job in jobs], _run, options.jobs, "a closer look")
-    cells = [cell for job in jobs for cell in work.cells(job.name, job.wanted()).known.values()]
-    results["closer"] = {
-        "digest": closer.digest(jobs),
-        "seconds": sum(cell["took"] for cell in cells),
-        "planted": [_brief(cell) for cell in cells if "family" in cell],
-        "removal": removals([cell for cell in cells if "concept" in cell]),
-    }
+    results = _before(options.out / FILE)
+    if not failures:
+        cells = [cell for job in jobs for cell in work.cells(job.name, job.wanted()).known.values()]
+        results["closer"] = {
+            "digest": closer.digest(jobs),
+            "seconds": sum(cell["took"] for cell in cells),
+            "planted": [_brief(cell) for cell in cells if "family" in cell],
+            "removal": removals([cell for cell in cells if "concept" in cell]),
+        }
     return results, failures
 
 
 def _closer_before(path: Path, cache: Path) -> Entry:
     """The closer look that was taken before, while nothing that decides its numbers has changed."""
     before = _before(path).get("closer")
-    return {"closer": before} if before and before["digest"] == closer.digest(closer.jobs(cache)) else {}
+    if not before:
+        return {}
+    if before["digest"] == closer.digest(closer.jobs(cache)):
+        return {"closer": before}
+    print("what a closer look depends on has changed: it is left out until --closer is run again", flush=True)
+    return {}
 
 
 def _before(path: Path) -> Entry:
@@ -148,6 +155,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of fidelity.json, .md and img/ (docs; build if quick)")
     parser.add_argument("--work", type=Path, help="folder of what is known already (build/fidelity)")
     options = parser.parse_args(arguments)
+    _check_closer(parser, options)
     _complete(options)
     _check(parser, options)
     return options
@@ -170,10 +178,18 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     for name, names in {**known, "methods": [*METHODS, *titles]}.items():
         if unknown := set(getattr(options, name) or ()) - set(names):
             parser.error(f"no --{name} {', '.join(sorted(unknown))}; choose from {', '.join(dict.fromkeys(names))}")
-    if options.closer and not (options.out / FILE).is_file():
-        parser.error(
-            f"no {FILE} in {options.out.name} to add a closer look to; run the benchmark without --closer first"
-        )
+
+
+def _check_closer(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """A closer look is always the same, and added to results that are there."""
+    if not options.closer:
+        return
+    given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
+    if unused := sorted(set(given) - {"closer", "jobs", "out", "work"}):
+        parser.error(f"--closer takes no {', '.join('--' + name.replace('_', '-') for name in unused)}")
+    out = options.out or ROOT / "docs"
+    if not (out / FILE).is_file():
+        parser.error(f"no {FILE} in {out.name} to add a closer look to; run the benchmark without --closer first")
 
 
 # ------------------------------------------------------------------ jobs

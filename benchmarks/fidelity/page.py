@@ -10,7 +10,7 @@ from statistics import median
 from fidelity.photographs import title_of
 from fidelity.plots import ALT, draw
 from fidelity.roster import AGAINST, ORACLE, RECOMMENDED, REMOVER
-from fidelity.store import Entry
+from fidelity.store import DIGITS, Entry
 from fidelity.summary import MOST, by_family, flips, needed, of
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "fidelity_page.md"
@@ -265,7 +265,7 @@ def _needed(results: Entry) -> str:
         n, right = each["n"]["concept"], round(each["accuracy"]["concept"] * each["n"]["concept"])
         highs = [of(each, "after", *at, AGAINST, "high") for at in MAIN]
         if None not in highs:
-            least = [needed(n, right, high) for high in highs]
+            least = [needed(n, right, high, DIGITS) for high in highs]
             rows.append([name, *(f"{'–' if lost is None else lost} of {right}" for lost in least)])
     return table(["right answers to take, none of others'", *_main_head()], rows) if rows else ""
 
@@ -278,25 +278,24 @@ def _main_head() -> list[str]:
 
 
 def _closer(results: Entry) -> str:
-    """What fifty seeds say of trained networks, and more photographs of groups."""
+    """What more seeds of trained networks say, and more photographs of groups."""
     looked = results.get("closer")
     if not looked:
         return ""
-    parts = [
-        f"{looked['seconds'] / 60:.0f} minutes of work.",
-        _closer_planted(looked["planted"]),
-        "\n".join(f"- {line}" for line in _removal_aims(looked)),
-        _removal("groups", looked),
-        _differences(looked),
-        _needed(looked),
-    ]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(
+        [
+            f"{looked['seconds'] / 60:.0f} minutes of work.",
+            _closer_planted(looked["planted"]),
+            "\n".join(f"- {line}" for line in _removal_aims(looked)),
+            _removal("groups", looked),
+            _differences(looked),
+            _needed(looked),
+        ]
+    )
 
 
 def _closer_planted(entries: Sequence[Entry]) -> str:
     """Methods × units and edges: AUROC, and how far from the first."""
-    if not entries:
-        return ""
     standings = [by_family(entries, lambda entry, part=part: of(entry, part, "auroc")) for part in ("units", "edges")]
     family, rows = entries[0]["family"], []
     for method in _methods(entries):
@@ -304,7 +303,7 @@ def _closer_planted(entries: Sequence[Entry]) -> str:
         cells = [cell for each in found for cell in (_marked(each), bracketed(each["behind"], 4))]
         rows.append([_named(method), *cells])
     n = len({(entry["network"], entry["seed"]) for entry in entries})
-    return table([f"AUROC, {n} {family} networks", "units", "from the first", "edges", "from the first"], rows)
+    return table([f"AUROC, {n} seeds of {family}", "units", "from the first", "edges", "from the first"], rows)
 
 
 # ------------------------------------------------------------------ sentences

@@ -75,26 +75,27 @@ def load(
     cache_folder: Path,
     seed: int = 0,
     *,
-    folds: int | None = None,
+    n_folds: int | None = None,
     n_others: int = N_OTHERS,
 ) -> Photographs:
     """The photographs of a concept: a group of ``groups``, a class of ``classes``, or of noise for the quick run.
 
-    A group is dealt into `folds`, by default as many as the network has in the tables.
+    A group, or noise, is dealt into `n_folds`, by default as many as the network has in the tables, and set beside
+    `n_others`, if there are as many.
     """
+    n_folds = folds_of(network, source) if n_folds is None else n_folds
     if network == QUICK:
-        return _noise(seed)
+        return _noise(seed, n_folds, n_others)
     spec = network_of(network)
     if source == "groups":
-        folds = n_folds(network, source) if folds is None else folds
-        concept_part, reference, others, dealt_out = _group(network, concept, cache_folder, seed, folds, n_others)
+        concept_part, reference, others, folds = _group(network, concept, cache_folder, seed, n_folds, n_others)
         prefix = _prefix_of_sample(network, cache_folder)
     else:
-        concept_part, reference, others, dealt_out = _class(network, concept, cache_folder)
+        concept_part, reference, others, folds = _class(network, concept, cache_folder)
         prefix = _prefix(
             spec, _start(network, spec), torch.cat([part[0] for part in (concept_part, reference, others)])
         )
-    return Photographs(spec, later_half(spec), concept_part, reference, others, dealt_out, prefix)
+    return Photographs(spec, later_half(spec), concept_part, reference, others, folds, prefix)
 
 
 @cache
@@ -141,7 +142,7 @@ def dealt(n: int, n_hands: int, seed: int) -> list[list[int]]:
     return [sorted(order[i::n_hands]) for i in range(n_hands)]
 
 
-def n_folds(network: str, source: str) -> int:
+def folds_of(network: str, source: str) -> int:
     """How many folds the photographs of a concept are dealt into."""
     return FOLDS.get(network, N_FOLDS) if source == "groups" else 1
 
@@ -194,7 +195,7 @@ def _cached(network: str, cache_folder: Path) -> Path:
 
 
 def _group(
-    network: str, concept: str, cache_folder: Path, seed: int, folds: int, n_others: int
+    network: str, concept: str, cache_folder: Path, seed: int, n_folds: int, n_others: int
 ) -> tuple[Part, Part, Part, tuple[Fold, ...]]:
     files, members = _files(), set(group_members(concept))
     mine = [i for i, name in enumerate(files) if name in members]
@@ -203,7 +204,7 @@ def _group(
     find = _drawn(sorted(set(rest) - set(test)), N_REFERENCE, seed + 1)
     images = np.load(_cached(network, cache_folder), mmap_mode="r")
     parts = [_part(images, files, places) for places in (mine, find, test)]
-    return parts[0], parts[1], parts[2], cross_fitted(len(mine), len(test), seed, folds)
+    return parts[0], parts[1], parts[2], cross_fitted(len(mine), len(test), seed, n_folds)
 
 
 def _part(images: np.ndarray, files: Sequence[str], places: Sequence[int]) -> Part:
@@ -280,7 +281,7 @@ def _of_classes(spec: ModelSpec, outputs: dict[str, int], names: Sequence[str], 
 # ------------------------------------------------------------------ the quick run
 
 
-def _noise(seed: int) -> Photographs:
+def _noise(seed: int, n_folds: int, n_others: int) -> Photographs:
     """A network of random weights and seeded noise; the concept is its most frequent answer."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -294,8 +295,8 @@ def _noise(seed: int) -> Photographs:
     concept = int(labels.bincount().argmax())
     mine, rest = (which.nonzero().flatten() for which in (labels == concept, labels != concept))
     half = len(rest) // 2
-    parts = [(images[places], labels[places]) for places in (mine, rest[:half], rest[half:])]
-    folds = cross_fitted(len(mine), len(rest) - half, seed, n_folds(QUICK, "groups"))
+    parts = [(images[places], labels[places]) for places in (mine, rest[:half], rest[half:][:n_others])]
+    folds = cross_fitted(len(mine), len(parts[2][0]), seed, n_folds)
     layers = ("1", "3", "5")
     prefix = _prefix(as_spec(model), ("0",), images)  # which makes the units of "1"
     return Photographs(as_spec(model), layers, parts[0], parts[1], parts[2], folds, prefix)

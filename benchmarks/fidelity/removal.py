@@ -71,11 +71,11 @@ class Job:
     def _digest(self, contender: Contender) -> str:
         numbers = {name: value for name, value in vars(photographs).items() if name.isupper() and not callable(value)}
         settings = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
+        settings["N_OTHERS"] = self.n_others
         under = "mean" if contender.method in BLIND else self.found_under
         return contender.digest(
-            FORMAT, self.n_folds, self.n_others, under, self.sizes, ABLATIONS, BEHAVIOUR,
-            FEWER.get(contender.method), settings,
-        )  # fmt: skip
+            FORMAT, self.n_folds, under, self.sizes, ABLATIONS, BEHAVIOUR, FEWER.get(contender.method), settings
+        )
 
     def run(self, work: Work) -> None:
         """Find and test what is not known yet."""
@@ -83,7 +83,7 @@ class Job:
         if cells.complete:
             return
         shown = photographs.load(
-            self.network, self.source, self.concept, self.cache, folds=self.n_folds, n_others=self.n_others
+            self.network, self.source, self.concept, self.cache, n_folds=self.n_folds, n_others=self.n_others
         )
         with remembering(shown.spec.model, shown.prefix), sharing() as shared:
             testing = Testing(shown, self.sizes)
@@ -191,6 +191,6 @@ def jobs(
 ) -> list[Job]:
     """Every concept of a source, its methods in an order in which they can share."""
     ordered = sorted(contenders, key=lambda each: each.method == "cla")  # after its contrasts, whose matrices it shares
-    n = photographs.n_folds(network, source)
+    n = photographs.folds_of(network, source)
     bounded = source == "groups" and network in BOUNDED
     return [Job(network, source, concept, tuple(ordered), n, bounded, cache, found_under) for concept in concepts]

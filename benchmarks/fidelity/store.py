@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 Entry = dict[str, Any]
+DIGITS = 4  # of numbers that are kept
 
 
 @dataclass(frozen=True)

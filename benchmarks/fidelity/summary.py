@@ -12,6 +12,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
+from math import comb
 from typing import Any
 
 import torch
@@ -108,26 +110,26 @@ def selectivities(
 
     ``apart`` is whether its interval lies wholly above that of `against`.
     """
-    picks = [_picks(len(part), draws, place) for place, part in enumerate(next(iter(falls.values())))]
+    picks = [
+        torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(place))
+        for place, n in enumerate(len(part) for part in next(iter(falls.values())))
+    ]
     drawn = {method: mine[picks[0]].mean(1) - others[picks[1]].mean(1) for method, (mine, others) in falls.items()}
     values = {method: mine.mean() - others.mean() for method, (mine, others) in falls.items()}
     return compared(values, drawn, against), drawn
 
 
-def _picks(n: int, draws: int, seed: int) -> Tensor:
-    """Places among `n` photographs, drawn again and again."""
-    return torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
-
-
-def needed(n: int, right: int, above: float) -> int | None:
+def needed(n: int, right: int, above: float, decimals: int) -> int | None:
     """How many of a concept's `n` photographs a removal must take, and nothing of others', for its interval to lie
-    `above` a number; None where all that were answered `right` are too few.
+    `above` a number that is known to some decimals; None where all that were answered `right` are too few.
+
+    How many of n drawn photographs are lost ones is binomial: its quantile is where the bootstrap tends to.
     """
 
-    picks = _picks(n, DRAWS, 0)
-
     def enough(lost: int) -> bool:
-        return _with_ends(torch.tensor(lost / n), (picks < lost).double().mean(1))["low"] > above
+        chances = accumulate(comb(n, k) * lost**k * (n - lost) ** (n - k) / n**n for k in range(n + 1))
+        least = next(k for k, chance in enumerate(chances) if chance >= (1 - LEVEL) / 2)
+        return round(least / n, decimals) > above
 
     least = bisect_left(range(right + 1), True, key=enough)
     return least if least <= right else None
