@@ -116,10 +116,9 @@ def test_a_perfect_removal_stands_beside_the_search_and_the_remover(fidelity):
     assert "1.00 / 0.75 / 0.50" in page._bounds(results)
     for low, n in ((0.5, 1), (0.0, 0)):  # the control's interval ends at 0
         searched["low"] = low
-        told = page._most([found], "0.05")
-        assert "would not touch for 1;" in told
-        assert told.endswith(f"given the very photographs that test it, for {n}")
-    assert page._most([{}], "0.05") == ""
+        row = page._removal_aims(results).splitlines()[2]
+        assert row == f"| EfficientNet-Lite0, groups, 5%, mean | 1 | 1 / 1 / 1 | – | 1 | {n} |"
+    assert page._removal_aims({"removal": {"lite0": {"groups": {"concepts": {"dog": {}}}}}}) == ""
 
 
 def test_how_much_must_be_lost_to_stand_apart(fidelity):
@@ -151,10 +150,8 @@ def test_how_many_concepts_are_above_the_control_surely_and_apart(fidelity):
         {"after": {"mean": {"0.05": {"m": {"difference": difference, "apart": apart}}}}}
         for difference, apart in told.values()
     ]
-    assert page._ahead(concepts, "0.05", "m") == (
-        "`m` for 3 of 5 (for 2 the paired difference's interval is above 0), with intervals that do not touch for 1"
-    )
-    assert page._ahead(concepts, "0.05", "other") == ""
+    assert page._ahead(concepts, "m", "mean", "0.05") == "3 / 2 / 1"
+    assert page._ahead(concepts, "other", "mean", "0.05") == "–"
 
 
 def test_planted_aims_are_told_for_the_recommended_method_and_agreement_for_all_but_the_oracle(fidelity):
@@ -706,7 +703,7 @@ def test_a_closer_look_is_added_and_kept_while_it_holds(fidelity, look, monkeypa
     assert set(noise["after"]["mean"]["0.05"]) == {each.title for each in fidelity("closer")._removers()}
     for told in (
         "AUROC, 2 seeds of hand-wired",
-        "mean ablation, above `activation-difference`",
+        "| quick, groups, 10%, zero | 1 |",
         "| `relp-anchored over all` |",
         "| `relp-anchored` − `activation-difference` |",
         "right answers to take",

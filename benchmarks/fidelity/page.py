@@ -286,7 +286,7 @@ def _closer(results: Entry) -> str:
         [
             f"{looked['seconds'] / 60:.0f} minutes of work.",
             _closer_planted(looked["planted"]),
-            "\n".join(f"- {line}" for line in _removal_aims(looked)),
+            _removal_aims(looked),
             _removal("groups", looked),
             _differences(looked),
             _needed(looked),
@@ -311,8 +311,8 @@ def _closer_planted(entries: Sequence[Entry]) -> str:
 
 def _summary(results: Entry) -> str:
     """What was asked for beforehand, and what came out."""
-    lines = [*_planted_aims(results), *_removal_aims(results)]
-    return "\n".join(f"- {line}" for line in lines)
+    lines = "\n".join(f"- {line}" for line in _planted_aims(results))
+    return "\n\n".join(part for part in (lines, _removal_aims(results)) if part)
 
 
 def _planted_aims(results: Entry) -> list[str]:
@@ -334,55 +334,43 @@ def _place(standing: Entry) -> str:
     return f"({number(behind['value'], 4)} [{number(behind['low'], 4)}, {number(behind['high'], 4)}] from the first)"
 
 
-def _removal_aims(results: Entry) -> list[str]:
-    lines = []
+def _removal_aims(results: Entry) -> str:
+    """How many concepts of each source each method is above the control for, and what bounds that."""
+    rows = []
     for network, sources in results["removal"].items():
         for source, found in sources.items():
-            for size in MAIN_SIZES:
-                ahead = [_ahead(found["concepts"].values(), size, method) for method in REMOVERS]
-                if any(ahead):
-                    lines.append(
-                        f"{title_of(network)}, {source}, {float(size):.0%}, mean ablation, above `{AGAINST}`: "
-                        f"{'; '.join(each for each in ahead if each)}{_most(found['concepts'].values(), size)}."
-                    )
-    return lines
+            concepts = list(found["concepts"].values())
+            for ablation, size in MAIN:
+                cells = [_ahead(concepts, method, ablation, size) for method in REMOVERS]
+                cells += [_would(concepts, ablation, size), _searched(concepts, ablation, size)]
+                name = f"{title_of(network)}, {source}, {float(size):.0%}, {ablation}"
+                rows += [[name, str(len(concepts)), *cells]] if set(cells) != {"–"} else []
+    head = [f"above `{AGAINST}` / surely / apart", "of", *(f"`{method}`" for method in REMOVERS)]
+    return table([*head, "could be apart", f"`{RECOMMENDED}` told the answers: apart"], rows) if rows else ""
 
 
-def _ahead(concepts: Iterable[Entry], size: str, method: str) -> str:
-    """For how many concepts a method is above the control, and for how many beyond doubt."""
-    known = [
-        each
-        for each in (of(concept, "after", "mean", size, method) for concept in concepts)
-        if each and "difference" in each
-    ]
+def _ahead(concepts: Iterable[Entry], method: str, *at: str) -> str:
+    """For how many concepts a method is above the control, for how many surely, and for how many apart."""
+    entries = [of(concept, "after", *at, method) for concept in concepts]
+    known = [entry for entry in entries if entry and "difference" in entry]
     if not known:
-        return ""
-    above = sum(each["difference"]["value"] > 0 for each in known)
-    sure = sum(each["difference"]["low"] > 0 for each in known)
-    apart = sum(each.get("apart", False) for each in known)
-    return (
-        f"`{method}` for {above} of {len(known)} (for {sure} the paired difference's interval is above 0), "
-        f"with intervals that do not touch for {apart}"
-    )
+        return "–"
+    above = sum(entry["difference"]["value"] > 0 for entry in known)
+    surely = sum(entry["difference"]["low"] > 0 for entry in known)
+    return f"{above} / {surely} / {sum(entry.get('apart', False) for entry in known)}"
 
 
-def _most(concepts: Iterable[Entry], size: str) -> str:
-    """For how many concepts intervals would not touch if a removal took all of the concept and nothing else."""
-    concepts = list(concepts)
-    known = [each for each in (of(concept, MOST, "mean", size) for concept in concepts) if each]
-    if not known:
-        return ""
-    told = f". With the whole concept lost and nothing else they would not touch for {sum(e['apart'] for e in known)}"
-    searched = [
-        (bound["low"], control["high"])
-        for bound, control in ((of(e, "bound", "mean", size), of(e, "after", "mean", size, AGAINST)) for e in concepts)
-        if bound and control
-    ]
-    if not searched:
-        return told
-    return (
-        f"{told}; for `{RECOMMENDED}`, given the very photographs that test it, for {sum(a > b for a, b in searched)}"
-    )
+def _would(concepts: Iterable[Entry], *at: str) -> str:
+    """For how many concepts a removal of all of it and nothing else would be apart."""
+    known = [entry for entry in (of(concept, MOST, *at) for concept in concepts) if entry]
+    return str(sum(entry["apart"] for entry in known)) if known else "–"
+
+
+def _searched(concepts: Iterable[Entry], *at: str) -> str:
+    """For how many concepts the search that is given the very photographs that test it is apart."""
+    both = [(of(concept, "bound", *at), of(concept, "after", *at, AGAINST)) for concept in concepts]
+    known = [(bound["low"], control["high"]) for bound, control in both if bound and control]
+    return str(sum(low > high for low, high in known)) if known else "–"
 
 
 def _flips(results: Entry) -> str:
