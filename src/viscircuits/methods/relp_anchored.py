@@ -49,7 +49,8 @@ def relp_anchored(
     Parameters
     ----------
     task
-        What to explain; its ablation is ``zero`` or ``mean``.
+        What to explain; its ablation is ``mean``, also where units will become 0 once they are removed, or ``zero``,
+        under which a unit that is always active counts in full: circuits found so spare others less.
     protect
         How much what others lose weighs, in both; above 0.
     effect_weight
