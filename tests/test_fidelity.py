@@ -118,6 +118,8 @@ def test_a_perfect_removal_stands_beside_the_search_and_the_remover(fidelity):
         searched["low"] = low
         row = page._removal_aims(results).splitlines()[2]
         assert row == f"| EfficientNet-Lite0, groups, 5%, mean | 1 | 1 / 1 / 1 | – | 1 | {n} |"
+    del found["after"]["zero"]["0.05"][roster.REMOVER]
+    assert page._removal_aims(results).splitlines()[3].startswith("| EfficientNet-Lite0, groups, 5%, zero | 1 | – |")
     assert page._removal_aims({"removal": {"lite0": {"groups": {"concepts": {"dog": {}}}}}}) == ""
 
 
@@ -131,10 +133,12 @@ def test_how_much_must_be_lost_to_stand_apart(fidelity):
     assert needed(4, 4, 1.0, 4) is None
     assert needed(7, 7, 0.5714, 4) == 7  # with six lost the interval begins at 4 / 7, which touches
     page, roster = fidelity("page"), fidelity("roster")
-    control = {size: {roster.AGAINST: {"high": high}} for size, high in (("0.05", 0.0), ("0.1", 0.9))}
-    concept = {"n": {"concept": 4}, "accuracy": {"concept": 0.75}, "after": {"mean": control, "zero": control}}
+    highs = {"mean": {"0.05": 0.0, "0.1": 0.9}, "zero": {"0.05": -0.1, "0.1": 0.0}}
+    after = {at: {size: {roster.AGAINST: {"high": high}} for size, high in each.items()} for at, each in highs.items()}
+    most = {"mean": {"0.05": {"apart": True}, "0.1": {"apart": True}}, "zero": {"0.05": {"apart": True}, "0.1": {}}}
+    concept = {"n": {"concept": 4}, "accuracy": {"concept": 0.75}, "after": after, "most": most}
     results = {"removal": {"lite0": {"groups": {"concepts": {"dog": concept, "cat": {**concept, "after": {}}}}}}}
-    assert page._needed(results).splitlines()[-1] == "| EfficientNet-Lite0, dog | 3 of 3 | – of 3 | 3 of 3 | – of 3 |"
+    assert page._needed(results).splitlines()[-1] == "| EfficientNet-Lite0, dog | 3 of 3 | – of 3 | 0 of 3 | – of 3 |"
 
 
 def test_how_many_concepts_are_above_the_control_surely_and_apart(fidelity):
@@ -151,7 +155,19 @@ def test_how_many_concepts_are_above_the_control_surely_and_apart(fidelity):
         for difference, apart in told.values()
     ]
     assert page._ahead(concepts, "m", "mean", "0.05") == "3 / 2 / 1"
+    assert page._ahead([*concepts, {}], "m", "mean", "0.05") == "3 / 2 / 1 of 5"  # one has no such result
     assert page._ahead(concepts, "other", "mean", "0.05") == "–"
+
+
+def test_a_closer_look_tells_units_from_edges(fidelity):
+    cells = [
+        {"network": "n", "family": "f", "size": "small", "seed": seed, "method": "a",
+         "units": {"auroc": 0.9}, "edges": {"auroc": 0.8}}
+        for seed in (0, 1)
+    ]  # fmt: skip
+    told = fidelity("page")._closer_planted(cells).splitlines()
+    assert told[0].startswith("| AUROC, 2 seeds of f | units | from the first | edges |")
+    assert told[2].startswith("| `a` | 0.900 [0.900, 0.900] ● | 0.0000 [0.0000, 0.0000] | 0.800 [0.800, 0.800] ● |")
 
 
 def test_planted_aims_are_told_for_the_recommended_method_and_agreement_for_all_but_the_oracle(fidelity):
@@ -277,7 +293,8 @@ def test_groups_share_no_photograph_with_what_they_are_set_beside(fidelity, shar
     files = photographs._files()
     blank = torch.arange(len(files), dtype=torch.float32).reshape(-1, 1, 1, 1).numpy()
     monkeypatch.setattr(photographs.np, "load", lambda *_, **__: blank)
-    parts = photographs._group("lite0", "fruit", tmp_path, 0, 3, 70)[:3]
+    *parts, folds = photographs._group("lite0", "fruit", tmp_path, 0, 4, 70)
+    assert len(folds) == 4
     places = [set(images.flatten().int().tolist()) for images, _ in parts]
     assert {files[i] for i in places[0]} == set(photographs.group_members("fruit"))
     assert [len(each) for each in places[1:]] == [photographs.N_REFERENCE, 70]

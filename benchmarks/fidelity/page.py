@@ -265,7 +265,10 @@ def _needed(results: Entry) -> str:
         n, right = each["n"]["concept"], round(each["accuracy"]["concept"] * each["n"]["concept"])
         highs = [of(each, "after", *at, AGAINST, "high") for at in MAIN]
         if None not in highs:
-            least = [needed(n, right, high, DIGITS) for high in highs]
+            could = [of(each, MOST, *at, "apart") for at in MAIN]
+            least = [
+                needed(n, right, high, DIGITS) if any_do else None for high, any_do in zip(highs, could, strict=True)
+            ]
             rows.append([name, *(f"{'–' if lost is None else lost} of {right}" for lost in least)])
     return table(["right answers to take, none of others'", *_main_head()], rows) if rows else ""
 
@@ -355,9 +358,10 @@ def _ahead(concepts: Iterable[Entry], method: str, *at: str) -> str:
     known = [entry for entry in entries if entry and "difference" in entry]
     if not known:
         return "–"
+    fewer = f" of {len(known)}" if len(known) < len(entries) else ""
     above = sum(entry["difference"]["value"] > 0 for entry in known)
     surely = sum(entry["difference"]["low"] > 0 for entry in known)
-    return f"{above} / {surely} / {sum(entry.get('apart', False) for entry in known)}"
+    return f"{above} / {surely} / {sum(entry.get('apart', False) for entry in known)}{fewer}"
 
 
 def _would(concepts: Iterable[Entry], *at: str) -> str:

@@ -101,7 +101,7 @@ def relp_difference(
     Parameters
     ----------
     task
-        What to explain; its ablation is ``mean``, or ``zero``; as for `relp_anchored`, take ``mean`` whatever follows.
+        What to explain; its ablation is ``zero`` or ``mean``.
     protect
         How much the reference's relevance weighs; 0 leaves signed `relp`.
     convolutions, linear, gamma
