@@ -203,10 +203,11 @@ def test_the_units_glow_as_they_fire_under_ablate(open_live, address, made, bund
 
 def test_heat_maps_on_the_units_are_those_that_python_draws(open_live, address, made, bundle):
     _, spec = made
+    own = replace(spec, model=deepcopy(spec.model))  # before the server's is busy drawing: a copy takes its hooks along
     page, circuit = open_live(address), bundle.circuit
     tab(page, "Probe").locator("button.probe").first.click()
     page.get_by_role("button", name="Heat map", exact=True).click()
-    asked = Surgery(replace(spec, model=deepcopy(spec.model)), circuit)  # the server's own is busy drawing
+    asked = Surgery(own, circuit)
     probe = asked.probe(bundle.probes.pictures[0], "first", "concept")
     for unit in (next(iter(circuit)), list(circuit)[-1]):
         node = page.locator("#nodes").get_by_role("button", name=f"nit {unit.index} of {unit.layer}")
