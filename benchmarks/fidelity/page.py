@@ -265,9 +265,9 @@ def _needed(results: Entry) -> str:
         n, right = each["n"]["concept"], round(each["accuracy"]["concept"] * each["n"]["concept"])
         highs = [of(each, "after", *at, AGAINST, "high") for at in MAIN]
         if None not in highs:
-            could = [of(each, MOST, *at, "apart") for at in MAIN]
+            enough = [of(each, MOST, *at, "apart") for at in MAIN]  # whether taking all of them is
             least = [
-                needed(n, right, high, DIGITS) if any_do else None for high, any_do in zip(highs, could, strict=True)
+                needed(n, right, high, DIGITS) if all_do else None for high, all_do in zip(highs, enough, strict=True)
             ]
             rows.append([name, *(f"{'–' if lost is None else lost} of {right}" for lost in least)])
     return table(["right answers to take, none of others'", *_main_head()], rows) if rows else ""
